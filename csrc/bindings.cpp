@@ -1,0 +1,29 @@
+// The Python module glance_ext._C. Importing it registers the ops; all it offers itself is what it
+// was built with, for `glance-ext doctor` and for the message when it no longer fits.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+namespace {
+
+pybind11::dict build_config() {
+  pybind11::dict config;
+  config["torch"] = GLANCE_EXT_TORCH_VERSION;
+  config["cuda"] = GLANCE_EXT_CUDA_VERSION;     // "" in a CPU build
+  config["arch_list"] = GLANCE_EXT_ARCH_LIST;   // as TORCH_CUDA_ARCH_LIST, "" in a CPU build
+  config["python"] = PY_VERSION;
+#if defined(__clang__)
+  config["compiler"] = std::string("clang ") + __clang_version__;
+#elif defined(__GNUC__)
+  config["compiler"] = std::string("gcc ") + __VERSION__;
+#else
+  config["compiler"] = "unknown";
+#endif
+  return config;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_config", &build_config, "What this module was built with and for.");
+}

@@ -1,0 +1,100 @@
+// What op files share: messages, dtypes, layouts, and where a kernel runs.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#ifdef GLANCE_EXT_WITH_CUDA
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
+#include <array>
+
+#include "common/scalar.h"
+
+namespace glance {
+
+// A mistake in a value (ValueError) and in a type (TypeError): "op: expected ..., got ...".
+#define GLANCE_CHECK_VALUE(condition, op, ...) TORCH_CHECK_VALUE(condition, op, ": expected ", __VA_ARGS__)
+#define GLANCE_CHECK_TYPE(condition, op, ...) TORCH_CHECK_TYPE(condition, op, ": expected ", __VA_ARGS__)
+
+inline ScalarType scalar_type(const char* op, const char* argument, const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return ScalarType::kFloat32;
+    case at::kDouble:
+      return ScalarType::kFloat64;
+    case at::kHalf:
+      return ScalarType::kFloat16;
+    case at::kBFloat16:
+      return ScalarType::kBFloat16;
+    default:
+      TORCH_CHECK_TYPE(false, op, ": expected ", argument,
+                       " to be float32, float64, float16 or bfloat16, got ", tensor.dtype().name());
+  }
+}
+
+inline at::ScalarType accumulate_dtype(ScalarType dtype) {
+  return dtype == ScalarType::kFloat64 ? at::kDouble : at::kFloat;
+}
+
+// The layout that outputs take from an input: channels_last only where it is unambiguous.
+inline at::MemoryFormat memory_format(const at::Tensor& tensor) {
+  const bool channels_last =
+      !tensor.is_contiguous() && tensor.is_contiguous(at::MemoryFormat::ChannelsLast);
+  return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+}
+
+// A list of one or two sizes as (height, width).
+inline std::array<int64_t, 2> pair(at::IntArrayRef values) {
+  return {values[0], values[values.size() - 1]};
+}
+
+// Makes `tensor`'s device current for a scope, where there is such a thing.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(const at::Tensor& tensor) {
+#ifdef GLANCE_EXT_WITH_CUDA
+    if (tensor.is_cuda()) guard_.set_device(tensor.device());
+#endif
+    (void)tensor;
+  }
+
+ private:
+#ifdef GLANCE_EXT_WITH_CUDA
+  c10::cuda::OptionalCUDAGuard guard_;
+#endif
+};
+
+// Runs a kernel on the device of `on`: the launcher on the current stream, or the range function
+// over `rows` with torch's threads, each taking at least `grain` of them.
+template <typename Params, typename Cpu, typename Cuda>
+void run_kernel(const at::Tensor& on, const Params& params, int64_t rows, int64_t grain, Cpu cpu,
+                Cuda cuda) {
+#ifdef GLANCE_EXT_WITH_CUDA
+  if (on.is_cuda()) {
+    const int error = cuda(params, c10::cuda::getCurrentCUDAStream(on.get_device()).stream());
+    C10_CUDA_CHECK(static_cast<cudaError_t>(error));
+    return;
+  }
+#endif
+  (void)cuda;
+  TORCH_INTERNAL_ASSERT(on.is_cpu());
+  at::parallel_for(0, rows, grain > 0 ? grain : 1,
+                   [&](int64_t begin, int64_t end) { cpu(params, begin, end); });
+}
+
+// The CUDA launcher of a kernel, or a stand-in that is never called in a CPU build.
+#ifdef GLANCE_EXT_WITH_CUDA
+#define GLANCE_CUDA(launcher) launcher
+#else
+#define GLANCE_CUDA(launcher) nullptr
+#endif
+
+// Rows of `row_size` elements that make a thread's start worth its while.
+inline int64_t grain_size(int64_t row_size) { return 1 + 16384 / (row_size > 0 ? row_size : 1); }
+
+}  // namespace glance

@@ -1,0 +1,25 @@
+// Every op of glance_ext: its schema. Kernels are registered in the *_op.cpp files, fakes and
+// autograd formulas in glance_ext/ops/*.py.
+#include <torch/library.h>
+
+TORCH_LIBRARY(glance_ext, m) {
+
+  // (output, mask_out); csrc/partial_conv/partial_conv.h
+  m.def(
+      "partial_conv2d(Tensor input, Tensor mask, Tensor weight, Tensor? bias, SymInt[2] stride, "
+      "SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> (Tensor, Tensor)");
+  // (grad_input, grad_weight, grad_bias), each empty where output_mask says that nobody asks
+  m.def(
+      "partial_conv2d_backward(Tensor grad_output, Tensor input, Tensor mask, Tensor weight, "
+      "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, "
+      "bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+
+  // map (N, H, W); csrc/patch_scores/patch_scores.h. `parameter` is gaussian's sigma as a share of
+  // the patch, or idw's power.
+  m.def(
+      "aggregate_patch_scores(Tensor scores, Tensor? origins, SymInt[2] patch_size, "
+      "SymInt[2] image_size, SymInt[2] stride, str mode, float parameter) -> Tensor");
+  m.def(
+      "aggregate_patch_scores_backward(Tensor grad_map, Tensor scores, Tensor? origins, "
+      "SymInt[2] patch_size, SymInt[2] stride, str mode, float parameter) -> Tensor");
+}

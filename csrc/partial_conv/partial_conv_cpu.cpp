@@ -1,0 +1,171 @@
+#include <algorithm>
+#include <cstring>
+
+#include "partial_conv/partial_conv.h"
+
+namespace glance {
+namespace {
+
+// A row of output pixels that share n, and for NCHW also the channel.
+struct OutputRow {
+  int64_t image, channel, y;
+};
+
+OutputRow output_row(const PartialConvParams& p, int64_t row) {
+  if (p.channels_last) return {row / p.out_height, 0, row % p.out_height};
+  const int64_t plane = row / p.out_height;
+  return {plane / p.out_channels, plane % p.out_channels, row % p.out_height};
+}
+
+// The ratios of one output row for the group that `channel` belongs to.
+template <typename A>
+const A* ratio_row(const PartialConvParams& p, int64_t image, int64_t channel, int64_t y) {
+  const int64_t n = p.mask_batch == 1 ? 0 : image;
+  const int64_t groups = p.ratio_groups();
+  const int64_t group = groups == 1 ? 0 : channel / (p.out_channels / groups);
+  const A* ratio = static_cast<const A*>(p.ratio);
+  return ratio + ((n * groups + group) * p.out_height + y) * p.out_width;
+}
+
+// Applies `pixel(value_in, ratio, channel) -> value_out` to one output row of either layout.
+template <typename T, typename Pixel>
+void for_output_row(const PartialConvParams& p, int64_t row, const T* source, T* target,
+                    Pixel&& pixel) {
+  using A = accumulate_t<T>;
+  const OutputRow at = output_row(p, row);
+  if (!p.channels_last) {
+    const A* ratio = ratio_row<A>(p, at.image, at.channel, at.y);
+    const int64_t start = row * p.out_width;
+    for (int64_t x = 0; x < p.out_width; ++x) {
+      target[start + x] = pixel(source[start + x], ratio[x], at.channel);
+    }
+    return;
+  }
+  const int64_t groups = p.ratio_groups();
+  const int64_t group_channels = p.out_channels / groups;
+  for (int64_t group = 0; group < groups; ++group) {
+    const A* ratio = ratio_row<A>(p, at.image, group * group_channels, at.y);
+    for (int64_t x = 0; x < p.out_width; ++x) {
+      const int64_t start = (row * p.out_width + x) * p.out_channels;
+      for (int64_t k = group * group_channels; k < (group + 1) * group_channels; ++k) {
+        target[start + k] = pixel(source[start + k], ratio[x], k);
+      }
+    }
+  }
+}
+
+template <typename T>
+void mask_rows(const PartialConvParams& p, int64_t begin, int64_t end) {
+  const T* input = static_cast<const T*>(p.input);
+  T* output = static_cast<T*>(p.masked_input);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t y = row % p.in_height;
+    const int64_t plane = row / p.in_height;
+    const int64_t image = p.channels_last ? plane : plane / p.in_channels;
+    const int64_t n = p.mask_batch == 1 ? 0 : image;
+    if (!p.channels_last) {
+      const int64_t c = p.mask_channels == 1 ? 0 : plane % p.in_channels;
+      const uint8_t* mask =
+          p.mask + ((n * p.mask_channels + c) * p.in_height + y) * p.in_width;
+      for (int64_t x = 0; x < p.in_width; ++x) {
+        const int64_t i = row * p.in_width + x;
+        output[i] = mask[x] ? input[i] : T{};
+      }
+      continue;
+    }
+    const int64_t mask_plane = p.in_height * p.in_width;
+    const uint8_t* mask = p.mask + n * p.mask_channels * mask_plane + y * p.in_width;
+    for (int64_t x = 0; x < p.in_width; ++x) {
+      const int64_t start = (row * p.in_width + x) * p.in_channels;
+      for (int64_t c = 0; c < p.in_channels; ++c) {
+        const bool valid = mask[(p.mask_channels == 1 ? 0 : c) * mask_plane + x];
+        output[start + c] = valid ? input[start + c] : T{};
+      }
+    }
+  }
+}
+
+template <typename A>
+void ratio_rows_of(const PartialConvParams& p, int64_t begin, int64_t end) {
+  A* ratio = static_cast<A*>(p.ratio);
+  const int64_t groups = p.ratio_groups();
+  const int64_t channels = p.mask_channels / groups;
+  const A full = static_cast<A>(p.window_size());
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t y = row % p.out_height;
+    const int64_t group = row / p.out_height % groups;
+    const int64_t n = row / p.out_height / groups;
+    const uint8_t* mask =
+        p.mask + (n * p.mask_channels + group * channels) * p.in_height * p.in_width;
+    for (int64_t x = 0; x < p.out_width; ++x) {
+      int64_t count = 0;
+      for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t i = 0; i < p.kernel[0]; ++i) {
+          const int64_t in_y = y * p.stride[0] - p.padding[0] + i * p.dilation[0];
+          if (in_y < 0 || in_y >= p.in_height) continue;
+          const uint8_t* mask_row = mask + (c * p.in_height + in_y) * p.in_width;
+          for (int64_t j = 0; j < p.kernel[1]; ++j) {
+            const int64_t in_x = x * p.stride[1] - p.padding[1] + j * p.dilation[1];
+            if (in_x >= 0 && in_x < p.in_width) count += mask_row[in_x];
+          }
+        }
+      }
+      ratio[row * p.out_width + x] = count > 0 ? full / static_cast<A>(count) : A{0};
+    }
+  }
+}
+
+}  // namespace
+
+int64_t input_rows(const PartialConvParams& p) {
+  return p.batch * (p.channels_last ? 1 : p.in_channels) * p.in_height;
+}
+
+int64_t ratio_rows(const PartialConvParams& p) {
+  return p.mask_batch * p.ratio_groups() * p.out_height;
+}
+
+int64_t output_rows(const PartialConvParams& p) {
+  return p.batch * (p.channels_last ? 1 : p.out_channels) * p.out_height;
+}
+
+void mask_input_cpu(const PartialConvParams& params, int64_t begin, int64_t end) {
+  dispatch_cpu(params.dtype,
+               [&](auto tag) { mask_rows<typename decltype(tag)::type>(params, begin, end); });
+}
+
+void window_ratio_cpu(const PartialConvParams& params, int64_t begin, int64_t end) {
+  if (params.dtype == ScalarType::kFloat64) return ratio_rows_of<double>(params, begin, end);
+  ratio_rows_of<float>(params, begin, end);
+}
+
+void rescale_cpu(const PartialConvParams& params, int64_t begin, int64_t end) {
+  dispatch_cpu(params.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = accumulate_t<T>;
+    T* output = static_cast<T*>(params.output);
+    const T* bias = static_cast<const T*>(params.bias);
+    for (int64_t row = begin; row < end; ++row) {
+      for_output_row<T>(params, row, output, output, [bias](T value, A ratio, int64_t k) {
+        if (ratio == A{0}) return narrow<T>(A{0});
+        return narrow<T>(widen(value) * ratio + (bias ? widen(bias[k]) : A{0}));
+      });
+    }
+  });
+}
+
+void rescale_backward_cpu(const PartialConvBackwardParams& params, int64_t begin, int64_t end) {
+  dispatch_cpu(params.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = accumulate_t<T>;
+    const T* source = static_cast<const T*>(params.grad_output);
+    T* target = static_cast<T*>(params.grad_conv);
+    for (int64_t row = begin; row < end; ++row) {
+      for_output_row<T>(params, row, source, target, [](T value, A ratio, int64_t) {
+        return ratio == A{0} ? narrow<T>(A{0}) : narrow<T>(widen(value) * ratio);
+      });
+    }
+  });
+}
+
+}  // namespace glance

@@ -1,0 +1,263 @@
+// Tensors -> PartialConvParams -> kernels, for glance_ext::partial_conv2d and its backward.
+#include <ATen/autocast_mode.h>
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "common/tensor_check.h"
+#include "partial_conv/partial_conv.h"
+
+namespace glance {
+namespace {
+
+constexpr const char* kOp = "partial_conv2d";
+
+// A mask in any accepted form as (1 or N, 1 or C, H, W) zeros and ones of one byte, contiguous.
+at::Tensor unified_mask(const at::Tensor& mask, const at::Tensor& input) {
+  const int64_t n = input.size(0), c = input.size(1), h = input.size(2), w = input.size(3);
+  GLANCE_CHECK_TYPE(mask.scalar_type() == at::kBool || mask.scalar_type() == at::kByte ||
+                        mask.scalar_type() == input.scalar_type(),
+                    kOp, "mask to be bool, uint8 or the input's ", input.dtype().name(), ", got ",
+                    mask.dtype().name());
+  GLANCE_CHECK_VALUE(mask.device() == input.device(), kOp, "mask on the input's device ",
+                     input.device(), ", got ", mask.device());
+  GLANCE_CHECK_VALUE(mask.dim() >= 2 && mask.dim() <= 4, kOp,
+                     "mask to have 2, 3 or 4 dimensions, got ", mask.dim());
+  GLANCE_CHECK_VALUE(mask.size(-2) == h && mask.size(-1) == w, kOp, "mask to be ", h, "x", w,
+                     " like the input, got ", mask.size(-2), "x", mask.size(-1));
+  const int64_t mask_batch = mask.dim() > 2 ? mask.size(0) : 1;
+  const int64_t mask_channels = mask.dim() > 3 ? mask.size(1) : 1;
+  GLANCE_CHECK_VALUE(mask_batch == 1 || mask_batch == n, kOp, "mask to have a batch of 1 or ", n,
+                     ", got ", mask_batch);
+  GLANCE_CHECK_VALUE(mask_channels == 1 || mask_channels == c, kOp, "mask to have 1 or ", c,
+                     " channels, got ", mask_channels);
+  const at::Tensor valid = mask.scalar_type() == at::kBool ? mask : mask.ne(0);
+  return valid.reshape({mask_batch, mask_channels, h, w}).contiguous();
+}
+
+// Checks all arguments and fills in all sizes; pointers stay null.
+PartialConvParams checked_params(const at::Tensor& input, const at::Tensor& weight,
+                                 const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+                                 at::IntArrayRef padding, at::IntArrayRef dilation,
+                                 int64_t groups) {
+  PartialConvParams p;
+  p.dtype = scalar_type(kOp, "input", input);
+  GLANCE_CHECK_VALUE(input.dim() == 4, kOp, "input of shape (N, C, H, W), got ", input.sizes());
+  GLANCE_CHECK_VALUE(weight.dim() == 4, kOp, "weight of shape (K, C / groups, kh, kw), got ",
+                     weight.sizes());
+  GLANCE_CHECK_TYPE(weight.scalar_type() == input.scalar_type(), kOp, "weight of the input's ",
+                    input.dtype().name(), ", got ", weight.dtype().name());
+  GLANCE_CHECK_VALUE(weight.device() == input.device(), kOp, "weight on the input's device ",
+                     input.device(), ", got ", weight.device());
+  GLANCE_CHECK_VALUE(groups > 0 && input.size(1) % groups == 0 && weight.size(0) % groups == 0, kOp,
+                     "groups to divide the input's ", input.size(1), " channels and the output's ",
+                     weight.size(0), ", got ", groups);
+  GLANCE_CHECK_VALUE(weight.size(1) == input.size(1) / groups, kOp, "weight to have ",
+                     input.size(1) / groups, " input channels (C / groups), got ", weight.size(1));
+  GLANCE_CHECK_VALUE(weight.size(0) > 0 && weight.size(1) > 0 && weight.size(2) > 0 &&
+                         weight.size(3) > 0,
+                     kOp, "weight of a positive size, got ", weight.sizes());
+  if (bias.has_value()) {
+    GLANCE_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), kOp,
+                       "bias of shape (", weight.size(0), ",), got ", bias->sizes());
+    GLANCE_CHECK_TYPE(bias->scalar_type() == input.scalar_type(), kOp, "bias of the input's ",
+                      input.dtype().name(), ", got ", bias->dtype().name());
+    GLANCE_CHECK_VALUE(bias->device() == input.device(), kOp, "bias on the input's device ",
+                       input.device(), ", got ", bias->device());
+  }
+  p.channels_last = memory_format(input) == at::MemoryFormat::ChannelsLast;
+  p.batch = input.size(0);
+  p.in_channels = input.size(1);
+  p.in_height = input.size(2);
+  p.in_width = input.size(3);
+  p.out_channels = weight.size(0);
+  p.groups = groups;
+  int64_t out[2];
+  for (int axis = 0; axis < 2; ++axis) {
+    p.kernel[axis] = weight.size(2 + axis);
+    p.stride[axis] = pair(stride)[axis];
+    p.padding[axis] = pair(padding)[axis];
+    p.dilation[axis] = pair(dilation)[axis];
+    GLANCE_CHECK_VALUE(p.stride[axis] > 0, kOp, "stride to be positive, got ", p.stride[axis]);
+    GLANCE_CHECK_VALUE(p.padding[axis] >= 0, kOp, "padding not to be negative, got ",
+                       p.padding[axis]);
+    GLANCE_CHECK_VALUE(p.dilation[axis] > 0, kOp, "dilation to be positive, got ",
+                       p.dilation[axis]);
+    const int64_t reach = p.dilation[axis] * (p.kernel[axis] - 1) + 1;
+    const int64_t padded = input.size(2 + axis) + 2 * p.padding[axis];
+    GLANCE_CHECK_VALUE(padded >= reach, kOp, "the padded input to be at least the window's ", reach,
+                       " pixels along ", axis == 0 ? "its height" : "its width", ", got ", padded);
+    out[axis] = (padded - reach) / p.stride[axis] + 1;
+  }
+  p.out_height = out[0];
+  p.out_width = out[1];
+  return p;
+}
+
+// Tensors that the kernels of one call read and write, alive as long as the call.
+struct Workspace {
+  at::Tensor mask, input, masked_input, ratio;
+};
+
+// where(mask, input, 0) and the ratio, which forward and backward both need.
+Workspace prepare(PartialConvParams& p, const at::Tensor& input, const at::Tensor& mask,
+                  bool with_input) {
+  Workspace work;
+  work.mask = unified_mask(mask, input);
+  p.mask_batch = work.mask.size(0);
+  p.mask_channels = work.mask.size(1);
+  p.mask = static_cast<const uint8_t*>(work.mask.const_data_ptr());
+  work.ratio = at::empty({p.mask_batch, p.ratio_groups(), p.out_height, p.out_width},
+                         input.options().dtype(accumulate_dtype(p.dtype)));
+  p.ratio = work.ratio.mutable_data_ptr();
+  run_kernel(input, p, ratio_rows(p), grain_size(p.out_width * p.window_size()), window_ratio_cpu,
+             GLANCE_CUDA(window_ratio_cuda));
+  if (with_input) {
+    work.input = input.contiguous(memory_format(input));
+    work.masked_input = at::empty_like(work.input, at::MemoryFormat::Preserve);
+    p.input = work.input.const_data_ptr();
+    p.masked_input = work.masked_input.mutable_data_ptr();
+    run_kernel(input, p, input_rows(p), grain_size(p.in_width), mask_input_cpu,
+               GLANCE_CUDA(mask_input_cuda));
+  }
+  return work;
+}
+
+// The ratio's sign as a mask of the next layer: one channel, or one for every output channel.
+at::Tensor next_mask(const PartialConvParams& p, const at::Tensor& ratio, at::ScalarType dtype) {
+  at::Tensor valid = ratio.ne(0);
+  if (p.mask_channels != 1) valid = valid.repeat_interleave(p.out_channels / p.groups, 1);
+  return valid.to(dtype);
+}
+
+std::tuple<at::Tensor, at::Tensor> partial_conv2d(
+    const at::Tensor& input, const at::Tensor& mask, const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups) {
+  PartialConvParams p =
+      checked_params(input, weight, bias, stride, padding, dilation, groups);
+  const DeviceGuard guard(input);
+  const Workspace work = prepare(p, input, mask, true);
+  at::Tensor output =
+      at::convolution(work.masked_input, weight, std::nullopt, pair(stride), pair(padding),
+                      pair(dilation), /*transposed=*/false, {0, 0}, groups)
+          .contiguous(memory_format(input));
+  const at::Tensor dense_bias = bias.has_value() ? bias->contiguous() : at::Tensor();
+  p.bias = dense_bias.defined() ? dense_bias.const_data_ptr() : nullptr;
+  p.output = output.mutable_data_ptr();
+  const int64_t row = p.out_width * (p.channels_last ? p.out_channels : 1);
+  run_kernel(input, p, output_rows(p), grain_size(row), rescale_cpu, GLANCE_CUDA(rescale_cuda));
+  return {output, next_mask(p, work.ratio, mask.scalar_type())};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> partial_conv2d_backward(
+    const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask,
+    const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups, std::array<bool, 3> output_mask) {
+  PartialConvBackwardParams p;
+  static_cast<PartialConvParams&>(p) =
+      checked_params(input, weight, std::nullopt, stride, padding, dilation, groups);
+  const std::array<int64_t, 4> expected{p.batch, p.out_channels, p.out_height, p.out_width};
+  GLANCE_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(expected), "partial_conv2d_backward",
+                     "grad_output of shape ", at::IntArrayRef(expected), ", got ",
+                     grad_output.sizes());
+  GLANCE_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), "partial_conv2d_backward",
+                    "grad_output of the input's ", input.dtype().name(), ", got ",
+                    grad_output.dtype().name());
+  const DeviceGuard guard(input);
+  const Workspace work = prepare(p, input, mask, output_mask[1]);
+  const at::MemoryFormat format = memory_format(input);
+  const at::Tensor grad = grad_output.contiguous(format);
+  at::Tensor grad_conv = at::empty_like(grad, at::MemoryFormat::Preserve);
+  p.grad_output = grad.const_data_ptr();
+  p.grad_conv = grad_conv.mutable_data_ptr();
+  const int64_t row = p.out_width * (p.channels_last ? p.out_channels : 1);
+  run_kernel(input, p, output_rows(p), grain_size(row), rescale_backward_cpu,
+             GLANCE_CUDA(rescale_backward_cuda));
+
+  at::Tensor grad_input = at::empty({0}, input.options());
+  at::Tensor grad_weight = at::empty({0}, weight.options());
+  at::Tensor grad_bias = at::empty({0}, input.options());
+  if (output_mask[0] || output_mask[1]) {
+    const at::Tensor& conv_input = work.masked_input.defined() ? work.masked_input : input;
+    auto [of_input, of_weight, unused] = at::convolution_backward(
+        grad_conv, conv_input, weight, std::nullopt, pair(stride), pair(padding), pair(dilation),
+        /*transposed=*/false, {0, 0}, groups, {output_mask[0], output_mask[1], false});
+    if (output_mask[0]) {
+      grad_input = of_input.contiguous(format);
+      p.input = grad_input.const_data_ptr();
+      p.masked_input = grad_input.mutable_data_ptr();
+      run_kernel(input, p, input_rows(p), grain_size(p.in_width), mask_input_cpu,
+                 GLANCE_CUDA(mask_input_cuda));
+    }
+    if (output_mask[1]) grad_weight = of_weight.contiguous(memory_format(weight));
+  }
+  if (output_mask[2]) {
+    at::Tensor valid = work.ratio.ne(0);
+    if (p.ratio_groups() != 1) valid = valid.repeat_interleave(p.out_channels / p.groups, 1);
+    grad_bias = at::where(valid, grad, at::zeros({}, grad.options())).sum({0, 2, 3});
+  }
+  return {grad_input, grad_weight, grad_bias};
+}
+
+// Autocast: feature tensors in the low precision, as conv2d; the mask keeps its dtype outside.
+std::tuple<at::Tensor, at::Tensor> partial_conv2d_autocast(
+    c10::DeviceType device, const at::Tensor& input, const at::Tensor& mask,
+    const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+  const auto key = device == c10::DeviceType::CUDA ? c10::DispatchKey::AutocastCUDA
+                                                   : c10::DispatchKey::AutocastCPU;
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
+  const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
+  const auto lower = [&](const at::Tensor& t) { return at::autocast::cached_cast(dtype, t, device); };
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("glance_ext::partial_conv2d", "")
+          .typed<std::tuple<at::Tensor, at::Tensor>(
+              const at::Tensor&, const at::Tensor&, const at::Tensor&,
+              const std::optional<at::Tensor>&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef,
+              int64_t)>();
+  auto [output, mask_out] =
+      op.call(lower(input), lower(mask), lower(weight),
+              bias.has_value() ? std::optional<at::Tensor>(lower(*bias)) : std::nullopt, stride,
+              padding, dilation, groups);
+  return {output, mask_out.to(mask.scalar_type())};
+}
+
+template <c10::DeviceType kDevice>
+std::tuple<at::Tensor, at::Tensor> autocast_for(
+    const at::Tensor& input, const at::Tensor& mask, const at::Tensor& weight,
+    const std::optional<at::Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding,
+    at::IntArrayRef dilation, int64_t groups) {
+  return partial_conv2d_autocast(kDevice, input, mask, weight, bias, stride, padding, dilation,
+                                 groups);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(glance_ext, CPU, m) {
+  m.impl("partial_conv2d", &partial_conv2d);
+  m.impl("partial_conv2d_backward", &partial_conv2d_backward);
+}
+
+#ifdef GLANCE_EXT_WITH_CUDA
+TORCH_LIBRARY_IMPL(glance_ext, CUDA, m) {
+  m.impl("partial_conv2d", &partial_conv2d);
+  m.impl("partial_conv2d_backward", &partial_conv2d_backward);
+}
+#endif
+
+TORCH_LIBRARY_IMPL(glance_ext, AutocastCPU, m) {
+  m.impl("partial_conv2d", &autocast_for<c10::DeviceType::CPU>);
+}
+TORCH_LIBRARY_IMPL(glance_ext, AutocastCUDA, m) {
+  m.impl("partial_conv2d", &autocast_for<c10::DeviceType::CUDA>);
+}
+
+}  // namespace glance

@@ -1,0 +1,1 @@
+"""Glancing at the Patch: anomaly localization with global and local feature comparison."""

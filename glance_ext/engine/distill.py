@@ -1,0 +1,286 @@
+"""Stages 1 and 2: a teacher's features, distilled into Local-Net (paper, section 3.2)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glance_ext.data.patches import (
+    crop_patches,
+    load_mixed_images,
+    sample_positions,
+    sample_scaled_patches,
+)
+from glance_ext.engine.checkpoint import load_checkpoint, load_module, prefixed, save_checkpoint
+from glance_ext.engine.loop import Stage, Trainer, step_generator
+from glance_ext.errors import GlanceError, InputError
+from glance_ext.models.local_net import Decoder, LocalNet, compactness_loss, knowledge_loss
+from glance_ext.models.normalisation import IMAGE_MEAN, IMAGE_STD, normalise
+from glance_ext.models.teacher import Teacher, load_teacher
+
+LOCAL_NET_KIND = "local_net"
+PATCH_SIZE = 33
+_STATISTICS_BATCHES = 32
+_STATISTICS_BATCH = 64
+
+
+@dataclass(frozen=True)
+class DistillSettings:
+    """Settings of a distillation; the defaults are the paper's where it names one.
+
+    Attributes:
+        steps: Steps of Adam.
+        batch_size: Patches a step.
+        learning_rate: Of Adam, constant.
+        lambda_k: Weight of the knowledge loss.
+        lambda_c: Weight of the compactness loss.
+        kernel_size: Local-Net's first convolution.
+        features: n, the length of a feature.
+        bfloat16: Whether matrix products run in bfloat16 (autocast).
+        seed: Of everything random.
+    """
+
+    steps: int = 50_000
+    batch_size: int = 64
+    learning_rate: float = 2e-4
+    lambda_k: float = 1.0
+    lambda_c: float = 1.0
+    kernel_size: int = 5
+    features: int = 128
+    bfloat16: bool = False
+    seed: int = 0
+
+
+@dataclass
+class DistilledNet:
+    """A Local-Net, the decoder it was distilled with, and the teacher that both belong to.
+
+    Attributes:
+        local_net: The network.
+        decoder: Frozen in stage 2.
+        teacher: Name, layer and input size of the teacher, and how it was distilled.
+        teacher_mean: ``(t,)``, the mean of the teacher's feature, subtracted before distillation.
+        teacher_std: ``(t,)``.
+    """
+
+    local_net: LocalNet
+    decoder: Decoder
+    teacher: dict[str, Any]
+    teacher_mean: Tensor
+    teacher_std: Tensor
+
+    def load_teacher(self, weights: str | os.PathLike[str] | None = None) -> Teacher:
+        """Builds the teacher that this network was distilled from."""
+        return load_teacher(
+            self.teacher["name"],
+            layer=self.teacher["layer"],
+            weights=weights,
+            input_size=int(self.teacher["input_size"]),
+        )
+
+
+def save_local_net(path: str | os.PathLike[str], net: DistilledNet) -> None:
+    """Writes a distilled Local-Net as a checkpoint of its own."""
+    metadata = {
+        "kernel_size": net.local_net.kernel_size,
+        "features": net.local_net.features,
+        "teacher": net.teacher,
+        "image_mean": list(IMAGE_MEAN),
+        "image_std": list(IMAGE_STD),
+    }
+    tensors = {
+        **prefixed(net.local_net, "local_net"),
+        **prefixed(net.decoder, "decoder"),
+        "teacher_mean": net.teacher_mean,
+        "teacher_std": net.teacher_std,
+    }
+    save_checkpoint(path, LOCAL_NET_KIND, tensors, metadata)
+
+
+def load_local_net(path: str | os.PathLike[str]) -> DistilledNet:
+    """Reads what :func:`save_local_net` wrote; a file of 16-bit floats is widened.
+
+    Raises:
+        CheckpointError: The file cannot be used.
+    """
+    tensors, metadata = load_checkpoint(path, LOCAL_NET_KIND)
+    tensors = {name: tensor.float() for name, tensor in tensors.items()}
+    local_net = LocalNet(int(metadata["kernel_size"]), int(metadata["features"]))
+    load_module(local_net, tensors, "local_net", path)
+    decoder = Decoder(local_net.features, tensors["decoder.linear.bias"].numel())
+    load_module(decoder, tensors, "decoder", path)
+    return DistilledNet(
+        local_net.eval(),
+        decoder.eval(),
+        metadata["teacher"],
+        tensors["teacher_mean"],
+        tensors["teacher_std"],
+    )
+
+
+def packaged_local_net() -> Path:
+    """The pretrained Local-Net that ships with the package (docs/method.md says how it was made)."""
+    return Path(__file__).resolve().parent.parent / "weights" / "local_net.safetensors"
+
+
+def distill(
+    paths: Sequence[Path],
+    teacher: Teacher,
+    settings: DistillSettings,
+    *,
+    output: Path,
+    device: torch.device,
+    resume: bool = False,
+    show_progress: bool = True,
+    on_error: Callable[[InputError], None],
+) -> DistilledNet:
+    """Stage 1: distils ``teacher`` into a new Local-Net on random patches of any images.
+
+    Args:
+        paths: Image files.
+        teacher: The frozen teacher.
+        settings: See :class:`DistillSettings`.
+        output: Where the finished Local-Net is written; the state of training is kept beside it
+            while it runs.
+        device: Where to train.
+        resume: Whether to go on from an interrupted run.
+        show_progress: Whether to draw a progress bar.
+        on_error: Called for each image that cannot be used.
+
+    Raises:
+        GlanceError: No image can be used, or training diverged.
+        CheckpointError: ``resume`` with other settings or a damaged state.
+    """
+    images = load_mixed_images(paths, longest_side=1024, on_error=on_error)
+    if not images:
+        raise GlanceError(f"distill: expected at least one usable image, got 0 of {len(paths)}")
+
+    def sample(count: int, generator: torch.Generator) -> Tensor:
+        return sample_scaled_patches(images, count, PATCH_SIZE, generator).to(device)
+
+    torch.manual_seed(settings.seed)
+    teacher = teacher.to(device)
+    local_net = LocalNet(settings.kernel_size, settings.features).to(device)
+    mean, std = _teacher_statistics(teacher, sample, settings.seed)
+    decoder = Decoder(settings.features, mean.numel()).to(device)
+    description = {
+        "name": teacher.name,
+        "layer": teacher.layer,
+        "input_size": teacher.input_size,
+        "images": len(images),
+        **asdict(settings),
+    }
+    net = DistilledNet(local_net, decoder, description, mean, std)
+    optimizer = torch.optim.Adam(
+        [*local_net.parameters(), *decoder.parameters()], lr=settings.learning_rate
+    )
+
+    def step(generator: torch.Generator) -> dict[str, Tensor]:
+        patches = sample(settings.batch_size, generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
+            taught = teacher(patches)
+            features = local_net(normalise(patches))
+            decoded = decoder(features)
+        taught = (taught.float() - mean) / std
+        return distillation_losses(features.float(), decoded.float(), taught, settings)
+
+    state = output.with_name(output.name + ".training")
+    trainer = Trainer(state, description, settings.seed, show_progress=show_progress)
+    if resume:
+        trainer.resume()
+    modules = {"local_net": local_net, "decoder": decoder}
+    stage = Stage("distill", settings.steps, step, optimizer, modules)
+    trainer.run(stage)
+    trainer.restore_modules(modules)
+    standardise_local_net(net, sample, settings.seed)
+    save_local_net(output, net)
+    state.unlink(missing_ok=True)
+    return net
+
+
+def distillation_losses(
+    features: Tensor, decoded: Tensor, taught: Tensor, settings: DistillSettings
+) -> dict[str, Tensor]:
+    """``l_local = lambda_k l_k + lambda_c l_c`` (paper, equation 3) and its parts."""
+    knowledge = knowledge_loss(decoded, taught)
+    compactness = compactness_loss(features)
+    return {
+        "loss": settings.lambda_k * knowledge + settings.lambda_c * compactness,
+        "knowledge": knowledge,
+        "compactness": compactness,
+    }
+
+
+def fine_tune_stage(
+    net: DistilledNet,
+    teacher: Teacher,
+    images: Tensor,
+    settings: DistillSettings,
+    device: torch.device,
+) -> Stage:
+    """Stage 2: the same loss on the category's normal images, decoder frozen.
+
+    Args:
+        net: Trained in place.
+        teacher: The one that ``net`` was distilled from.
+        images: ``(N, 3, H, W)``, RGB in [0, 1]; patches are cut at this resolution.
+        settings: Steps, batch size, learning rate and weights.
+        device: Where to train.
+    """
+    local_net, decoder = net.local_net, net.decoder.requires_grad_(False)
+    mean, std = net.teacher_mean.to(device), net.teacher_std.to(device)
+    teacher = teacher.to(device)
+
+    def sample(count: int, generator: torch.Generator) -> Tensor:
+        picks = torch.randint(len(images), (count,), generator=generator)
+        size = (images.shape[-2], images.shape[-1])
+        origins = sample_positions(count, size, PATCH_SIZE, generator)
+        return crop_patches(images[picks].float(), origins, PATCH_SIZE).to(device)
+
+    def step(generator: torch.Generator) -> dict[str, Tensor]:
+        patches = sample(settings.batch_size, generator)
+        taught = (teacher(patches) - mean) / std
+        features = local_net(normalise(patches))
+        return distillation_losses(features, decoder(features), taught, settings)
+
+    optimizer = torch.optim.Adam(local_net.parameters(), lr=settings.learning_rate)
+    return Stage("finetune", settings.steps, step, optimizer, {"local_net": local_net})
+
+
+@torch.no_grad()
+def standardise_local_net(
+    net: DistilledNet, sample: Callable[[int, torch.Generator], Tensor], seed: int
+) -> None:
+    """Scales Local-Net's output channels to mean 0, variance 1 over freshly drawn patches."""
+    features = torch.cat(
+        [
+            net.local_net(normalise(patches))
+            for patches in _statistics_patches(sample, f"scale{net.local_net.features}", seed)
+        ]
+    )
+    std = features.std(0).clamp_min(1e-6)
+    net.local_net.standardise(features.mean(0), std, net.decoder)
+
+
+def _teacher_statistics(
+    teacher: Teacher, sample: Callable[[int, torch.Generator], Tensor], seed: int
+) -> tuple[Tensor, Tensor]:
+    taught = torch.cat([teacher(patches) for patches in _statistics_patches(sample, "stats", seed)])
+    # A channel that never moves carries nothing to learn: a floor keeps it finite and small.
+    std = taught.std(0)
+    return taught.mean(0), std.clamp_min(1e-3 * float(std.max()) + 1e-12)
+
+
+def _statistics_patches(
+    sample: Callable[[int, torch.Generator], Tensor], name: str, seed: int
+) -> list[Tensor]:
+    return [
+        sample(_STATISTICS_BATCH, step_generator(seed, name, index))
+        for index in range(_STATISTICS_BATCHES)
+    ]

@@ -1,0 +1,39 @@
+"""What a user's mistake or a broken input looks like: one family of exceptions.
+
+Everything that the command line should answer with one line instead of a traceback derives from
+:class:`GlanceError`. A message names the thing, what was expected, and what came.
+"""
+
+from __future__ import annotations
+
+from os import PathLike
+
+
+class GlanceError(Exception):
+    """A mistake that the caller can mend; the command line prints it without a traceback."""
+
+
+class InputError(GlanceError):
+    """One input file cannot be used; a run over many reports it and goes on.
+
+    Attributes:
+        path: The file that cannot be used.
+        reason: Why, without the path.
+    """
+
+    def __init__(self, path: str | PathLike[str], reason: str) -> None:
+        self.path = str(path)
+        self.reason = reason
+        super().__init__(f"{self.path}: {reason}")
+
+
+class OutputError(GlanceError):
+    """A result could not be written (disk full, no permission, not a folder)."""
+
+
+class CheckpointError(GlanceError):
+    """A checkpoint is missing, cut short, foreign, or from a newer version."""
+
+
+class TeacherError(GlanceError):
+    """The pretrained teacher network or its weights cannot be had."""

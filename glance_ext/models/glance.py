@@ -1,0 +1,100 @@
+"""The whole model: both networks and both heads, from images and patch origins to raw scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from glance_ext.data.patches import crop_patches
+from glance_ext.models.global_net import GlobalNet, hole_masks
+from glance_ext.models.heads import DistortionHead, distortion, inconsistency
+from glance_ext.models.local_net import LocalNet
+from glance_ext.models.normalisation import normalise
+
+PATCH_SIZE = 33
+IMAGE_SIZE = (GlobalNet.IMAGE_SIZE, GlobalNet.IMAGE_SIZE)
+
+
+@dataclass(frozen=True)
+class HeadScores:
+    """Raw scores of patches; higher is more anomalous.
+
+    Attributes:
+        inconsistency: ``s_IAD``, any shape.
+        distortion: ``s_DAD`` in [0, 1], the same shape.
+        log_odds: The distortion head's log-odds of being distorted, the same shape.
+    """
+
+    inconsistency: Tensor
+    distortion: Tensor
+    log_odds: Tensor
+
+
+class Glance(nn.Module):
+    """Local-Net, Global-Net and the distortion head.
+
+    Args:
+        local_net: A distilled Local-Net.
+        global_net: A Global-Net of as many features.
+        distortion_head: The DAD head.
+    """
+
+    def __init__(
+        self,
+        local_net: LocalNet,
+        global_net: GlobalNet | None = None,
+        distortion_head: DistortionHead | None = None,
+    ) -> None:
+        super().__init__()
+        self.local_net = local_net
+        self.global_net = global_net or GlobalNet(local_net.features)
+        self.distortion_head = distortion_head or DistortionHead(local_net.features)
+
+    def forward(self, images: Tensor, origins: Tensor) -> HeadScores:
+        """Scores one patch of each image.
+
+        Args:
+            images: ``(B, 3, 256, 256)``, RGB in [0, 1].
+            origins: ``(B, 2)`` int64, row and column of each patch's first pixel.
+
+        Returns:
+            Scores ``(B,)``.
+        """
+        images = normalise(images)
+        local_features = self.local_net(crop_patches(images, origins, PATCH_SIZE))
+        masks = hole_masks(origins, PATCH_SIZE, IMAGE_SIZE)
+        global_features = self.global_net(images, masks)
+        return self.compare(local_features, global_features)
+
+    def compare(self, local_features: Tensor, global_features: Tensor) -> HeadScores:
+        """Scores from features ``(B, n)`` of both kinds."""
+        log_odds = self.distortion_head(local_features, global_features)
+        return HeadScores(
+            inconsistency(local_features, global_features), distortion(log_odds), -log_odds
+        )
+
+    @torch.no_grad()
+    def score_patches(self, images: Tensor, origins: Tensor, batch_size: int = 64) -> HeadScores:
+        """Scores every patch of every image, each by its own masked pass.
+
+        Args:
+            images: ``(N, 3, 256, 256)``, RGB in [0, 1].
+            origins: ``(P, 2)`` int64.
+            batch_size: Patches that are scored together.
+
+        Returns:
+            Scores ``(N, P)``.
+        """
+        parts: list[HeadScores] = []
+        for image in images:
+            for chunk in origins.to(images.device).split(batch_size):
+                parts.append(self(image.expand(len(chunk), -1, -1, -1), chunk))
+        shape = (len(images), len(origins))
+        return HeadScores(
+            *(
+                torch.cat([getattr(part, name) for part in parts]).reshape(shape)
+                for name in ("inconsistency", "distortion", "log_odds")
+            )
+        )

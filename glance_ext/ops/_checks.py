@@ -1,0 +1,201 @@
+"""What fakes and references check; the native ops check the same, with the same words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+MODES = ("mean", "gaussian", "max", "idw")
+
+
+def require(condition: bool, op: str, expected: str, error: type[Exception] = ValueError) -> None:
+    """Raises ``error`` with ``op: expected ...`` unless the condition holds."""
+    if not condition:
+        raise error(f"{op}: expected {expected}")
+
+
+def pair(op: str, name: str, value: int | Sequence[int]) -> list[int]:
+    """One or two ints as ``[height, width]``.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return [value, value]  # type: ignore[list-item]
+    is_pair = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
+    if not is_pair or not all(isinstance(v, (int, torch.SymInt)) for v in value):  # type: ignore[union-attr]
+        raise TypeError(f"{op}: expected {name} to be one or two ints, got {value!r}")
+    return list(value)  # type: ignore[arg-type]
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """The dtype without ``torch.``."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """The layout that outputs take from an input: channels_last only where it is unambiguous."""
+    if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def check_partial_conv2d(
+    input: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[int, int]:
+    """Checks the arguments of ``partial_conv2d`` and gives the output's height and width."""
+    op = "partial_conv2d"
+    require(
+        input.dtype in FLOAT_DTYPES,
+        op,
+        f"input to be float32, float64, float16 or bfloat16, got {dtype_name(input)}",
+        TypeError,
+    )
+    require(input.dim() == 4, op, f"input of shape (N, C, H, W), got {list(input.shape)}")
+    require(
+        weight.dim() == 4, op, f"weight of shape (K, C / groups, kh, kw), got {list(weight.shape)}"
+    )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            require(
+                tensor.dtype == input.dtype,
+                op,
+                f"{name} of the input's {dtype_name(input)}, got {dtype_name(tensor)}",
+                TypeError,
+            )
+            require(
+                tensor.device == input.device,
+                op,
+                f"{name} on the input's device {input.device}, got {tensor.device}",
+            )
+    n, c, h, w = input.shape
+    k = weight.shape[0]
+    require(
+        groups > 0 and c % groups == 0 and k % groups == 0,
+        op,
+        f"groups to divide the input's {c} channels and the output's {k}, got {groups}",
+    )
+    require(
+        weight.shape[1] == c // groups,
+        op,
+        f"weight to have {c // groups} input channels (C / groups), got {weight.shape[1]}",
+    )
+    require(
+        all(size > 0 for size in weight.shape),
+        op,
+        f"weight of a positive size, got {list(weight.shape)}",
+    )
+    if bias is not None:
+        require(
+            bias.dim() == 1 and bias.shape[0] == k,
+            op,
+            f"bias of shape ({k},), got {list(bias.shape)}",
+        )
+    require(
+        mask.dtype in (torch.bool, torch.uint8, input.dtype),
+        op,
+        f"mask to be bool, uint8 or the input's {dtype_name(input)}, got {dtype_name(mask)}",
+        TypeError,
+    )
+    require(
+        mask.device == input.device,
+        op,
+        f"mask on the input's device {input.device}, got {mask.device}",
+    )
+    require(mask.dim() in (2, 3, 4), op, f"mask to have 2, 3 or 4 dimensions, got {mask.dim()}")
+    require(
+        mask.shape[-2] == h and mask.shape[-1] == w,
+        op,
+        f"mask to be {h}x{w} like the input, got {mask.shape[-2]}x{mask.shape[-1]}",
+    )
+    mask_batch = mask.shape[0] if mask.dim() > 2 else 1
+    mask_channels = mask.shape[1] if mask.dim() > 3 else 1
+    require(mask_batch in (1, n), op, f"mask to have a batch of 1 or {n}, got {mask_batch}")
+    require(mask_channels in (1, c), op, f"mask to have 1 or {c} channels, got {mask_channels}")
+    out = []
+    for axis, side in enumerate(("height", "width")):
+        require(stride[axis] > 0, op, f"stride to be positive, got {stride[axis]}")
+        require(padding[axis] >= 0, op, f"padding not to be negative, got {padding[axis]}")
+        require(dilation[axis] > 0, op, f"dilation to be positive, got {dilation[axis]}")
+        reach = dilation[axis] * (weight.shape[2 + axis] - 1) + 1
+        padded = input.shape[2 + axis] + 2 * padding[axis]
+        require(
+            padded >= reach,
+            op,
+            f"the padded input to be at least the window's {reach} pixels along its {side}, "
+            f"got {padded}",
+        )
+        out.append((padded - reach) // stride[axis] + 1)
+    return out[0], out[1]
+
+
+def check_aggregate(
+    scores: Tensor,
+    origins: Tensor | None,
+    patch_size: Sequence[int],
+    image_size: Sequence[int],
+    stride: Sequence[int],
+    mode: str,
+    parameter: float,
+) -> None:
+    """Checks the arguments of ``aggregate_patch_scores``, all but the values of origins."""
+    op = "aggregate_patch_scores"
+    require(
+        scores.dtype in FLOAT_DTYPES,
+        op,
+        f"scores to be float32, float64, float16 or bfloat16, got {dtype_name(scores)}",
+        TypeError,
+    )
+    require(mode in MODES, op, f"mode to be 'mean', 'gaussian', 'max' or 'idw', got '{mode}'")
+    if mode == "gaussian":
+        require(
+            0.1 <= parameter < float("inf"),
+            op,
+            f"sigma to be at least 0.1 of the patch, got {parameter:g}",
+        )
+    if mode == "idw":
+        require(
+            0 < parameter < float("inf"),
+            op,
+            f"power to be positive and finite, got {parameter:g}",
+        )
+    for name, size in (("patch_size", patch_size), ("image_size", image_size)):
+        require(
+            size[0] > 0 and size[1] > 0, op, f"{name} to be positive, got ({size[0]}, {size[1]})"
+        )
+    if origins is None:
+        require(
+            scores.dim() == 3,
+            op,
+            f"scores of shape (N, gh, gw) on a regular grid, got {list(scores.shape)}",
+        )
+        require(
+            stride[0] > 0 and stride[1] > 0,
+            op,
+            f"stride to be positive, got ({stride[0]}, {stride[1]})",
+        )
+        return
+    require(
+        scores.dim() == 2, op, f"scores of shape (N, P) with origins, got {list(scores.shape)}"
+    )
+    require(
+        origins.dtype in (torch.int64, torch.int32),
+        op,
+        f"origins to be int64 or int32, got {dtype_name(origins)}",
+        TypeError,
+    )
+    require(
+        origins.dim() == 2 and origins.shape[0] == scores.shape[1] and origins.shape[1] == 2,
+        op,
+        f"origins of shape ({scores.shape[1]}, 2), got {list(origins.shape)}",
+    )

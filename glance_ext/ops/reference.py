@@ -1,0 +1,161 @@
+"""The ops' specification: plain torch, another algorithm than the kernels, in float64 if asked.
+
+Each function takes the arguments of the torch op of its name (csrc/library.cpp) and is
+differentiable by torch's own autograd. Where the compiled library is missing these run in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glance_ext.ops._checks import check_aggregate, check_partial_conv2d, memory_format, require
+
+_CHUNK_ELEMENTS = 1 << 24
+
+
+def partial_conv2d(
+    input: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> tuple[Tensor, Tensor]:
+    """Partial convolution by writing out every window (csrc/partial_conv/partial_conv.h)."""
+    out_h, out_w = check_partial_conv2d(
+        input, mask, weight, bias, stride, padding, dilation, groups
+    )
+    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
+    n, k = input.shape[0], weight.shape[0]
+    valid = mask.reshape(
+        mask.shape[0] if mask.dim() > 2 else 1,
+        mask.shape[1] if mask.dim() > 3 else 1,
+        *input.shape[2:],
+    ).ne(0)
+    mask_groups = 1 if valid.shape[1] == 1 else groups
+
+    def windows(image: Tensor, image_groups: int) -> Tensor:
+        columns = F.unfold(image, weight.shape[2:], dilation, padding, stride)
+        return columns.unflatten(1, (image_groups, columns.shape[1] // image_groups))
+
+    x = windows(torch.where(valid, input, 0).to(wide), groups)  # (N, G, C/G kh kw, Ho Wo)
+    m = windows(valid.to(wide), mask_groups)
+    w = weight.to(wide).reshape(groups, k // groups, -1)  # (G, K/G, C/G kh kw)
+    count = m.sum(2)  # (1 or N, 1 or G, Ho Wo)
+    ratio = torch.where(count > 0, m.shape[2] / count.clamp_min(1), 0)
+    output = torch.einsum("gkc,ngcl->ngkl", w, x) * ratio[:, :, None]
+    if bias is not None:
+        output = output + bias.to(wide).reshape(groups, k // groups, 1)
+    output = torch.where(count[:, :, None] > 0, output, 0)
+    mask_out = count > 0
+    if valid.shape[1] != 1:
+        mask_out = mask_out.repeat_interleave(k // groups, 1)
+    return (
+        output.reshape(n, k, out_h, out_w).to(input.dtype, memory_format=memory_format(input)),
+        mask_out.reshape(*mask_out.shape[:2], out_h, out_w).to(mask.dtype),
+    )
+
+
+def aggregate_patch_scores(
+    scores: Tensor,
+    origins: Tensor | None,
+    patch_size: Sequence[int],
+    image_size: Sequence[int],
+    stride: Sequence[int],
+    mode: str,
+    parameter: float,
+) -> Tensor:
+    """Aggregation by a dense matrix of weights (csrc/patch_scores/patch_scores.h)."""
+    check_aggregate(scores, origins, patch_size, image_size, stride, mode, parameter)
+    device = scores.device
+    wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
+    if origins is None:
+        rows = torch.arange(scores.shape[1], device=device) * stride[0]
+        columns = torch.arange(scores.shape[2], device=device) * stride[1]
+        origins = torch.cartesian_prod(rows, columns).reshape(-1, 2)
+        scores = scores.flatten(1)
+    origins = origins.to(device, torch.int64)
+    _check_inside(origins, patch_size, image_size)
+    flat = scores.to(wide)
+    patches = max(1, flat.shape[1])
+    chunk = max(1, _CHUNK_ELEMENTS // (patches * image_size[1]))
+    parts = [
+        _aggregate_rows(
+            flat,
+            origins,
+            patch_size,
+            torch.arange(start, min(start + chunk, image_size[0]), device=device),
+            torch.arange(image_size[1], device=device),
+            mode,
+            parameter,
+        )
+        for start in range(0, image_size[0], chunk)
+    ]
+    return torch.cat(parts, 1).to(scores.dtype)
+
+
+def _aggregate_rows(
+    scores: Tensor,
+    origins: Tensor,
+    patch_size: Sequence[int],
+    rows: Tensor,
+    columns: Tensor,
+    mode: str,
+    parameter: float,
+) -> Tensor:
+    """Rows of the map ``(N, len(rows), W)`` from scores ``(N, P)``."""
+    y = rows[:, None] - origins[:, 0]  # (h, P): the pixel's place in the patch
+    x = columns[:, None] - origins[:, 1]  # (W, P)
+    if mode == "idw":
+        require(origins.shape[0] > 0, "aggregate_patch_scores", "at least one patch, got 0")
+        dy = y.to(scores.dtype) - (patch_size[0] - 1) / 2
+        dx = x.to(scores.dtype) - (patch_size[1] - 1) / 2
+        squared = dy[:, None].square() + dx.square()  # (h, W, P)
+        nearest = squared.amin(-1, keepdim=True)
+        # (d_min / d)^power; at a pixel on centres, one there and zero elsewhere
+        weight = torch.where(squared == nearest, 1, (nearest / squared) ** (parameter / 2))
+        weight = weight / weight.sum(-1, keepdim=True)
+        return torch.einsum("hwp,np->nhw", weight, scores)
+    inside = ((y >= 0) & (y < patch_size[0]))[:, None] & ((x >= 0) & (x < patch_size[1]))
+    covered = inside.any(-1)
+    if not bool(covered.all()):
+        at = (~covered).nonzero()[0].tolist()
+        require(
+            False,
+            "aggregate_patch_scores",
+            "every pixel to be covered by a patch, got none over "
+            f"row {at[0] + int(rows[0])}, column {at[1]}",
+        )
+    if mode == "max":
+        first_best = torch.where(inside, scores[:, None, None], -torch.inf).max(-1)
+        return first_best.values
+    weight = inside.to(scores.dtype)
+    if mode == "gaussian":
+        dy = (y.to(scores.dtype) - (patch_size[0] - 1) / 2) / (parameter * patch_size[0])
+        dx = (x.to(scores.dtype) - (patch_size[1] - 1) / 2) / (parameter * patch_size[1])
+        bell = torch.exp(-0.5 * (dy[:, None].square() + dx.square()))
+        weight = torch.where(inside, bell, 0).to(scores.dtype)
+    weight = weight / weight.sum(-1, keepdim=True)
+    # A weight of zero must not touch its score, which may be NaN.
+    return torch.where(inside, weight * scores[:, None, None], 0).sum(-1)
+
+
+def _check_inside(origins: Tensor, patch_size: Sequence[int], image_size: Sequence[int]) -> None:
+    last = origins + torch.tensor(list(patch_size), device=origins.device)
+    limit = torch.tensor(list(image_size), device=origins.device)
+    bad = ((origins < 0) | (last > limit)).any(1).nonzero()
+    if bad.numel():
+        index = int(bad[0])
+        require(
+            False,
+            "aggregate_patch_scores",
+            f"every patch inside the {image_size[0]}x{image_size[1]} image, got patch {index} of "
+            f"{patch_size[0]}x{patch_size[1]} at row {int(origins[index, 0])}, "
+            f"column {int(origins[index, 1])}",
+        )
