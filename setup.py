@@ -2,22 +2,35 @@
 
 Settings, all environment variables:
     GLANCE_EXT_CUDA       1 demands the CUDA build and fails without; 0 leaves it out.
-    TORCH_CUDA_ARCH_LIST  Architectures, as everywhere in torch ("8.0;9.0+PTX").
+    TORCH_CUDA_ARCH_LIST  Architectures, as everywhere in torch ("8.0;9.0+PTX"); by default those
+                          of torch itself, one for each generation, and PTX of the newest.
     MAX_JOBS              Compilers at a time; by default by cores and memory.
+
+No GPU is needed and nothing is downloaded. Beside the library lies build_info.json, which says what
+it was built with even where it no longer loads.
 """
 
+from __future__ import annotations
+
+import importlib.util
+import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
 ROOT = Path(__file__).resolve().parent
-INSTALL = "pip install --no-build-isolation ."
+INSTALL = (
+    "pip install 'setuptools>=77' ninja 'torch>=2.10' && pip install --no-build-isolation ."
+)
 
-# CMakeLists.txt names the same files; tests/test_build.py keeps the two lists equal.
+# CMakeLists.txt names the same files; tests/test_build.py keeps the lists equal.
 KERNEL_SOURCES = [
     "csrc/partial_conv/partial_conv_cpu.cpp",
     "csrc/patch_scores/patch_scores_cpu.cpp",
@@ -32,27 +45,37 @@ OP_SOURCES = [
     "csrc/patch_scores/patch_scores_op.cpp",
 ]
 BINDING_SOURCES = ["csrc/bindings.cpp"]
-DEFAULT_ARCH_LIST = "8.0;9.0+PTX"
+HEADERS = sorted(
+    path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh")
+)
+
+# Commands that end in a library, so that they need torch. dist_info does not, but it is what pip
+# asks first: failing there saves the download of everything that the package depends on.
+BUILDS = {"build", "build_ext", "bdist_wheel", "develop", "dist_info", "editable_wheel", "install"}
+OLDEST_ARCH = (7, 5)
+GIB = 2**30
 
 
-def fail(message):
+def fail(message: str) -> None:
     """Ends the build with one message instead of a traceback."""
     sys.exit(f"glance-ext: {message}")
 
 
-def packaging_only():
-    """Whether setuptools asks for metadata alone, which needs no torch."""
-    asked = set(sys.argv[1:])
-    return bool(asked & {"egg_info", "dist_info", "sdist", "--version", "--name"}) and not asked & {
-        "build_ext",
-        "bdist_wheel",
-        "install",
-        "develop",
-        "editable_wheel",
-    }
+def check_environment() -> None:
+    """Fails with the one command to run if setuptools is too old or torch is not there."""
+    if int(setuptools.__version__.split(".")[0]) < 77:
+        fail(
+            f"the build needs setuptools 77 or newer, this is {setuptools.__version__}. "
+            f"Run: {INSTALL}"
+        )
+    if importlib.util.find_spec("torch") is None:
+        fail(
+            "the build needs torch in this very environment: it is not installed, or pip's build "
+            f"isolation hides it. Run: {INSTALL}"
+        )
 
 
-def cuda_home():
+def cuda_home() -> str | None:
     """The folder with bin/nvcc and include/cuda_runtime_api.h, or None.
 
     A wrapper script named nvcc may stand far from the toolkit; nvcc itself knows where it is.
@@ -75,28 +98,48 @@ def cuda_home():
     return None
 
 
-def decide_cuda(torch):
-    """Whether to build the CUDA kernels, with which toolkit, and the reason in words."""
+def ask_nvcc(home: str, option: str) -> str:
+    """What the toolkit's compiler prints, or "" if it does not run."""
+    try:
+        return subprocess.run(
+            [os.path.join(home, "bin", "nvcc"), option], capture_output=True, text=True
+        ).stdout
+    except OSError:
+        return ""
+
+
+def nvcc_release(home: str) -> str | None:
+    """The toolkit's version, such as "13.0", or None if it does not say."""
+    found = re.search(r"release (\d+\.\d+)", ask_nvcc(home, "--version"))
+    return found.group(1) if found else None
+
+
+def decide_cuda(torch_version: str, torch_cuda: str | None) -> tuple[str | None, str]:
+    """The toolkit to build the CUDA kernels with, or None, and the reason in words.
+
+    Whether a GPU is present does not matter: builders seldom have one.
+    """
     wish = os.environ.get("GLANCE_EXT_CUDA", "")
     if wish not in ("", "0", "1"):
         fail(f"GLANCE_EXT_CUDA: expected 0 or 1, got {wish!r}")
     if wish == "0":
         return None, "GLANCE_EXT_CUDA=0"
-    if torch.version.cuda is None:
-        home, reason = None, f"torch {torch.__version__} is a build without CUDA"
+    home = None
+    if torch_cuda is None:
+        reason = f"torch {torch_version} is a build without CUDA"
     else:
         home = cuda_home()
-        reason = (
-            f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, nvcc is in {home}"
-            if home
-            else "no CUDA toolkit (nvcc and its headers) was found on PATH or in CUDA_HOME"
-        )
-        if home:
-            major = nvcc_major(home)
-            if major is not None and major != torch.version.cuda.split(".")[0]:
+        if home is None:
+            asked = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+            where = f"in CUDA_HOME={asked}" if asked else "on PATH or in CUDA_HOME"
+            reason = f"no CUDA toolkit (bin/nvcc and its headers) was found {where}"
+        else:
+            reason = f"torch {torch_version} is built for CUDA {torch_cuda}, nvcc is in {home}"
+            release = nvcc_release(home)
+            if release is not None and release.split(".")[0] != torch_cuda.split(".")[0]:
                 reason = (
-                    f"nvcc in {home} is of CUDA {major}, but torch is built for CUDA "
-                    f"{torch.version.cuda}; the major versions must agree"
+                    f"nvcc in {home} is of CUDA {release}, but torch is built for CUDA "
+                    f"{torch_cuda}; the major versions must agree"
                 )
                 home = None
     if home is None and wish == "1":
@@ -104,70 +147,171 @@ def decide_cuda(torch):
     return home, reason
 
 
-def nvcc_major(home):
-    """The major version of the toolkit in `home`, as a string, or None if it does not say."""
-    answer = subprocess.run(
-        [os.path.join(home, "bin", "nvcc"), "--version"], capture_output=True, text=True
-    ).stdout
-    return answer.split("release ")[1].split(".")[0] if "release " in answer else None
+def default_arch_list(torch_archs: str, nvcc_archs: str) -> str:
+    """The architectures to build for where nobody says: one a generation, and PTX of the newest.
+
+    A kernel compiled for the first architecture of a generation runs on the whole generation.
+
+    Args:
+        torch_archs: What torch is built for, such as "sm_80 sm_86 sm_90 compute_90".
+        nvcc_archs: What the compiler can build for, such as "compute_80 compute_90"; "" if unknown.
+    """
+    known = {version(text) for text in re.findall(r"compute_(\d+)\b", nvcc_archs)}
+    first: dict[int, tuple[int, int]] = {}
+    for arch in sorted(version(text) for text in re.findall(r"sm_(\d+)", torch_archs)):
+        if arch >= OLDEST_ARCH and (not known or arch in known):
+            first.setdefault(arch[0], arch)
+    archs = [f"{major}.{minor}" for major, minor in first.values()] or ["8.0", "9.0"]
+    return ";".join(archs) + "+PTX"
 
 
-def limit_jobs():
-    """Two GiB a compiler, so that a large machine with little memory survives the build."""
-    if "MAX_JOBS" not in os.environ and hasattr(os, "sysconf"):
+def version(digits: str) -> tuple[int, int]:
+    """Major and minor of an architecture: 86 is 8.6, 120 is 12.0."""
+    return int(digits[:-1]), int(digits[-1])
+
+
+def arch_list_of(flags: list[str]) -> str:
+    """The architectures that nvcc's -gencode flags ask for, as TORCH_CUDA_ARCH_LIST writes them."""
+    binary, ptx = [], []
+    for flag in flags:
+        found = re.search(r"code=(sm|compute)_(\d+)([af]?)", flag)
+        if found:
+            major, minor = version(found.group(2))
+            (binary if found.group(1) == "sm" else ptx).append(f"{major}.{minor}{found.group(3)}")
+    alone = [f"{arch}+PTX" for arch in ptx if arch not in binary]
+    return ";".join([f"{arch}+PTX" if arch in ptx else arch for arch in binary] + alone)
+
+
+def jobs(cores: int, memory: int | None) -> int:
+    """Compilers at a time: one a core, and two GiB each, so that the build kills no machine."""
+    return max(1, min(cores, cores if memory is None else memory // (2 * GIB)))
+
+
+def available_cores() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def available_memory() -> int | None:
+    """Bytes of the machine or, if less, of this container; None where neither can be read."""
+    sizes = []
+    try:
+        sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        pass
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):
         try:
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            sizes.append(int(Path("/sys/fs/cgroup", limit).read_text()))
         except (ValueError, OSError):
-            return
-        os.environ["MAX_JOBS"] = str(max(1, min(os.cpu_count() or 1, memory // 2**31)))
+            pass
+    return min(sizes, default=None)
 
 
-def extension():
-    """The extension module and the command that builds it."""
+def pybind11_include(torch_include: list[str]) -> list[str]:
+    """Where pybind11's headers are; torch brings them along, but some distributions take them out."""
+    if any(os.path.isdir(os.path.join(folder, "pybind11")) for folder in torch_include):
+        return []
+    try:
+        import pybind11
+    except ImportError:
+        fail(f"this torch comes without pybind11's headers. Run: pip install pybind11 && {INSTALL}")
+    return [pybind11.get_include()]
+
+
+def compiler_version() -> str:
+    """The host compiler's first line about itself."""
+    compiler = os.environ.get("CXX", "c++").split()
+    try:
+        answer = subprocess.run([*compiler, "--version"], capture_output=True, text=True).stdout
+    except OSError:
+        return "unknown"
+    return answer.partition("\n")[0] or "unknown"
+
+
+def build_command(base: type, info: dict[str, str]) -> type:
+    """torch's build_ext, which also leaves build_info.json beside the library."""
+
+    class BuildExtension(base):  # type: ignore[misc, valid-type]
+        def finalize_options(self) -> None:
+            super().finalize_options()
+            if self.inplace:
+                # pip's editable install builds in a new temporary folder each time; with one that
+                # stays ninja compiles only what has changed.
+                tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+                self.build_temp = str(ROOT / "build" / f"temp.{tag}")
+
+        def run(self) -> None:
+            super().run()
+            package = ROOT / "glance_ext" if self.inplace else Path(self.build_lib, "glance_ext")
+            text = json.dumps(info, indent=2) + "\n"
+            (package / "build_info.json").write_text(text, encoding="utf-8")
+
+    return BuildExtension
+
+
+def build_settings() -> dict[str, object]:
+    """The extension module and the command that builds it, as arguments of setup()."""
     try:
         import torch
         from torch.utils import cpp_extension
-    except ImportError:
-        fail(
-            "the build needs torch in this very environment (pip's build isolation hides it). "
-            f"Install torch first, then run: {INSTALL}"
-        )
-    try:
-        import pybind11  # noqa: F401
-    except ImportError:
-        fail(f"the build needs pybind11. Run: pip install pybind11 ninja && {INSTALL}")
-    home, reason = decide_cuda(torch)
+    except ImportError as error:
+        fail(f"torch is installed but cannot be imported: {error}. Run: {INSTALL}")
+    scripts = sysconfig.get_path("scripts")  # ninja's place, also where no one activated the venv
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), scripts])
+    os.environ.setdefault("MAX_JOBS", str(jobs(available_cores(), available_memory())))
+    home, reason = decide_cuda(torch.__version__, torch.version.cuda)
     print(f"glance-ext: building {'with' if home else 'WITHOUT'} CUDA: {reason}", flush=True)
-    limit_jobs()
-    arch_list = ""
+
+    info = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if home else "",
+        "arch_list": "",
+        "python": platform.python_version(),
+        "compiler": compiler_version(),
+    }
     sources = BINDING_SOURCES + OP_SOURCES + KERNEL_SOURCES
     if home:
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCH_LIST)
-        arch_list = os.environ["TORCH_CUDA_ARCH_LIST"]
         cpp_extension.CUDA_HOME = home
+        if not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+            os.environ["TORCH_CUDA_ARCH_LIST"] = default_arch_list(
+                torch._C._cuda_getArchFlags() or "", ask_nvcc(home, "--list-gpu-arch")
+            )
+        info["arch_list"] = arch_list_of(cpp_extension._get_cuda_arch_flags())
+        info["nvcc"] = nvcc_release(home) or "unknown"
         sources = sources + CUDA_SOURCES
-        print(f"glance-ext: CUDA architectures: {arch_list}", flush=True)
+        print(f"glance-ext: CUDA architectures: {info['arch_list']}", flush=True)
+
     macros = [
-        ("GLANCE_EXT_TORCH_VERSION", f'"{torch.__version__}"'),
-        ("GLANCE_EXT_CUDA_VERSION", f'"{torch.version.cuda if home else ""}"'),
-        ("GLANCE_EXT_ARCH_LIST", f'"{arch_list}"'),
+        ("GLANCE_EXT_TORCH_VERSION", f'"{info["torch"]}"'),
+        ("GLANCE_EXT_CUDA_VERSION", f'"{info["cuda"]}"'),
+        ("GLANCE_EXT_ARCH_LIST", f'"{info["arch_list"]}"'),
     ]
     if home:
         macros.append(("GLANCE_EXT_WITH_CUDA", None))
-    flags = ["-O3", "-Wall", "-fno-math-errno"] if os.name != "nt" else ["/O2"]
+    # -g0 against Python's own -g, which makes the library fifteen times as large.
+    flags = ["/O2"] if os.name == "nt" else ["-O3", "-g0", "-Wall", "-fno-math-errno"]
     factory = cpp_extension.CUDAExtension if home else cpp_extension.CppExtension
     module = factory(
         "glance_ext._C",
         sources,
-        include_dirs=[str(ROOT / "csrc")],
+        include_dirs=[str(ROOT / "csrc"), *pybind11_include(cpp_extension.include_paths())],
         define_macros=macros,
+        depends=[*HEADERS, "setup.py"],
         extra_compile_args={"cxx": flags, "nvcc": ["-O3"]} if home else {"cxx": flags},
     )
-    return {
-        "ext_modules": [module],
-        "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
-    }
+    base = cpp_extension.BuildExtension.with_options(use_ninja=True)
+    return {"ext_modules": [module], "cmdclass": {"build_ext": build_command(base, info)}}
+
+
+def main() -> None:
+    """Runs setuptools, with the extension where it is about to be built."""
+    asked = BUILDS & set(sys.argv[1:])
+    if asked:
+        check_environment()
+    setuptools.setup(**(build_settings() if asked - {"dist_info"} else {}))
 
 
 if __name__ == "__main__":
-    setup(**({} if packaging_only() else extension()))
+    main()

@@ -3,6 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 #include <c10/util/Exception.h>
 
 #ifdef GLANCE_EXT_WITH_CUDA
@@ -12,6 +13,7 @@
 #endif
 
 #include <array>
+#include <string>
 
 #include "common/scalar.h"
 
@@ -20,6 +22,11 @@ namespace glance {
 // A mistake in a value (ValueError) and in a type (TypeError): "op: expected ..., got ...".
 #define GLANCE_CHECK_VALUE(condition, op, ...) TORCH_CHECK_VALUE(condition, op, ": expected ", __VA_ARGS__)
 #define GLANCE_CHECK_TYPE(condition, op, ...) TORCH_CHECK_TYPE(condition, op, ": expected ", __VA_ARGS__)
+
+// The dtype as Python writes it, without `torch.`.
+inline std::string dtype_name(const at::Tensor& tensor) {
+  return std::string(c10::getDtypeNames(tensor.scalar_type()).first);
+}
 
 inline ScalarType scalar_type(const char* op, const char* argument, const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
@@ -33,7 +40,7 @@ inline ScalarType scalar_type(const char* op, const char* argument, const at::Te
       return ScalarType::kBFloat16;
     default:
       TORCH_CHECK_TYPE(false, op, ": expected ", argument,
-                       " to be float32, float64, float16 or bfloat16, got ", tensor.dtype().name());
+                       " to be float32, float64, float16 or bfloat16, got ", dtype_name(tensor));
   }
 }
 
@@ -48,9 +55,10 @@ inline at::MemoryFormat memory_format(const at::Tensor& tensor) {
   return channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
 }
 
-// A list of one or two sizes as (height, width).
-inline std::array<int64_t, 2> pair(at::IntArrayRef values) {
-  return {values[0], values[values.size() - 1]};
+// A list of sizes as (height, width); the schema's `SymInt[2]` does not count them.
+inline std::array<int64_t, 2> pair(const char* op, const char* argument, at::IntArrayRef values) {
+  GLANCE_CHECK_VALUE(values.size() == 2, op, argument, " to be (height, width), got ", values);
+  return {values[0], values[1]};
 }
 
 // Makes `tensor`'s device current for a scope, where there is such a thing.

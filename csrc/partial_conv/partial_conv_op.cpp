@@ -23,8 +23,8 @@ at::Tensor unified_mask(const at::Tensor& mask, const at::Tensor& input) {
   const int64_t n = input.size(0), c = input.size(1), h = input.size(2), w = input.size(3);
   GLANCE_CHECK_TYPE(mask.scalar_type() == at::kBool || mask.scalar_type() == at::kByte ||
                         mask.scalar_type() == input.scalar_type(),
-                    kOp, "mask to be bool, uint8 or the input's ", input.dtype().name(), ", got ",
-                    mask.dtype().name());
+                    kOp, "mask to be bool, uint8 or the input's ", dtype_name(input), ", got ",
+                    dtype_name(mask));
   GLANCE_CHECK_VALUE(mask.device() == input.device(), kOp, "mask on the input's device ",
                      input.device(), ", got ", mask.device());
   GLANCE_CHECK_VALUE(mask.dim() >= 2 && mask.dim() <= 4, kOp,
@@ -49,10 +49,12 @@ PartialConvParams checked_params(const at::Tensor& input, const at::Tensor& weig
   PartialConvParams p;
   p.dtype = scalar_type(kOp, "input", input);
   GLANCE_CHECK_VALUE(input.dim() == 4, kOp, "input of shape (N, C, H, W), got ", input.sizes());
+  GLANCE_CHECK_VALUE(input.size(2) > 0 && input.size(3) > 0, kOp,
+                     "input to have at least one pixel, got ", input.size(2), "x", input.size(3));
   GLANCE_CHECK_VALUE(weight.dim() == 4, kOp, "weight of shape (K, C / groups, kh, kw), got ",
                      weight.sizes());
   GLANCE_CHECK_TYPE(weight.scalar_type() == input.scalar_type(), kOp, "weight of the input's ",
-                    input.dtype().name(), ", got ", weight.dtype().name());
+                    dtype_name(input), ", got ", dtype_name(weight));
   GLANCE_CHECK_VALUE(weight.device() == input.device(), kOp, "weight on the input's device ",
                      input.device(), ", got ", weight.device());
   GLANCE_CHECK_VALUE(groups > 0 && input.size(1) % groups == 0 && weight.size(0) % groups == 0, kOp,
@@ -67,7 +69,7 @@ PartialConvParams checked_params(const at::Tensor& input, const at::Tensor& weig
     GLANCE_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), kOp,
                        "bias of shape (", weight.size(0), ",), got ", bias->sizes());
     GLANCE_CHECK_TYPE(bias->scalar_type() == input.scalar_type(), kOp, "bias of the input's ",
-                      input.dtype().name(), ", got ", bias->dtype().name());
+                      dtype_name(input), ", got ", dtype_name(*bias));
     GLANCE_CHECK_VALUE(bias->device() == input.device(), kOp, "bias on the input's device ",
                        input.device(), ", got ", bias->device());
   }
@@ -81,9 +83,9 @@ PartialConvParams checked_params(const at::Tensor& input, const at::Tensor& weig
   int64_t out[2];
   for (int axis = 0; axis < 2; ++axis) {
     p.kernel[axis] = weight.size(2 + axis);
-    p.stride[axis] = pair(stride)[axis];
-    p.padding[axis] = pair(padding)[axis];
-    p.dilation[axis] = pair(dilation)[axis];
+    p.stride[axis] = pair(kOp, "stride", stride)[axis];
+    p.padding[axis] = pair(kOp, "padding", padding)[axis];
+    p.dilation[axis] = pair(kOp, "dilation", dilation)[axis];
     GLANCE_CHECK_VALUE(p.stride[axis] > 0, kOp, "stride to be positive, got ", p.stride[axis]);
     GLANCE_CHECK_VALUE(p.padding[axis] >= 0, kOp, "padding not to be negative, got ",
                        p.padding[axis]);
@@ -145,8 +147,8 @@ std::tuple<at::Tensor, at::Tensor> partial_conv2d(
   const DeviceGuard guard(input);
   const Workspace work = prepare(p, input, mask, true);
   at::Tensor output =
-      at::convolution(work.masked_input, weight, std::nullopt, pair(stride), pair(padding),
-                      pair(dilation), /*transposed=*/false, {0, 0}, groups)
+      at::convolution(work.masked_input, weight, std::nullopt, stride, padding, dilation,
+                      /*transposed=*/false, {0, 0}, groups)
           .contiguous(memory_format(input));
   const at::Tensor dense_bias = bias.has_value() ? bias->contiguous() : at::Tensor();
   p.bias = dense_bias.defined() ? dense_bias.const_data_ptr() : nullptr;
@@ -168,8 +170,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> partial_conv2d_backward(
                      "grad_output of shape ", at::IntArrayRef(expected), ", got ",
                      grad_output.sizes());
   GLANCE_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), "partial_conv2d_backward",
-                    "grad_output of the input's ", input.dtype().name(), ", got ",
-                    grad_output.dtype().name());
+                    "grad_output of the input's ", dtype_name(input), ", got ",
+                    dtype_name(grad_output));
   const DeviceGuard guard(input);
   const Workspace work = prepare(p, input, mask, output_mask[1]);
   const at::MemoryFormat format = memory_format(input);
@@ -187,7 +189,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> partial_conv2d_backward(
   if (output_mask[0] || output_mask[1]) {
     const at::Tensor& conv_input = work.masked_input.defined() ? work.masked_input : input;
     auto [of_input, of_weight, unused] = at::convolution_backward(
-        grad_conv, conv_input, weight, std::nullopt, pair(stride), pair(padding), pair(dilation),
+        grad_conv, conv_input, weight, std::nullopt, stride, padding, dilation,
         /*transposed=*/false, {0, 0}, groups, {output_mask[0], output_mask[1], false});
     if (output_mask[0]) {
       grad_input = of_input.contiguous(format);
@@ -223,8 +225,10 @@ std::tuple<at::Tensor, at::Tensor> partial_conv2d_autocast(
               const at::Tensor&, const at::Tensor&, const at::Tensor&,
               const std::optional<at::Tensor>&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef,
               int64_t)>();
+  // Not a plain cast: what is small but not zero would round to zero in float16.
+  const at::Tensor low_mask = mask.is_floating_point() ? lower(mask.ne(0).to(at::kFloat)) : mask;
   auto [output, mask_out] =
-      op.call(lower(input), lower(mask), lower(weight),
+      op.call(lower(input), low_mask, lower(weight),
               bias.has_value() ? std::optional<at::Tensor>(lower(*bias)) : std::nullopt, stride,
               padding, dilation, groups);
   return {output, mask_out.to(mask.scalar_type())};

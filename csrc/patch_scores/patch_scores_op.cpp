@@ -51,7 +51,7 @@ std::vector<int64_t> origin_list(const at::Tensor& scores, const std::optional<a
   GLANCE_CHECK_VALUE(scores.dim() == 2, kOp, "scores of shape (N, P) with origins, got ",
                      scores.sizes());
   GLANCE_CHECK_TYPE(origins->scalar_type() == at::kLong || origins->scalar_type() == at::kInt, kOp,
-                    "origins to be int64 or int32, got ", origins->dtype().name());
+                    "origins to be int64 or int32, got ", dtype_name(*origins));
   GLANCE_CHECK_VALUE(origins->dim() == 2 && origins->size(0) == scores.size(1) &&
                          origins->size(1) == 2,
                      kOp, "origins of shape (", scores.size(1), ", 2), got ", origins->sizes());
@@ -64,8 +64,9 @@ std::vector<int64_t> origin_list(const at::Tensor& scores, const std::optional<a
 void check_inside(const PatchScoresParams& p, const std::vector<int64_t>& origins) {
   for (int64_t i = 0; i < p.patches; ++i) {
     const int64_t row = origins[2 * i], column = origins[2 * i + 1];
-    GLANCE_CHECK_VALUE(row >= 0 && column >= 0 && row + p.patch_height <= p.height &&
-                           column + p.patch_width <= p.width,
+    // Differences of sizes, since row + patch_height may overflow.
+    GLANCE_CHECK_VALUE(row >= 0 && column >= 0 && row <= p.height - p.patch_height &&
+                           column <= p.width - p.patch_width,
                        kOp, "every patch inside the ", p.height, "x", p.width, " image, got patch ",
                        i, " of ", p.patch_height, "x", p.patch_width, " at row ", row, ", column ",
                        column);
@@ -137,15 +138,17 @@ Geometry checked_geometry(PatchScoresParams& p, const at::Tensor& scores,
   p.mode = parse_mode(mode);
   check_parameter(mode, parameter);
   p.power = p.mode == PatchMode::kIdw ? parameter : 0.0;
-  p.patch_height = pair(patch_size)[0];
-  p.patch_width = pair(patch_size)[1];
-  p.height = pair(image_size)[0];
-  p.width = pair(image_size)[1];
+  const std::array<int64_t, 2> patch = pair(kOp, "patch_size", patch_size);
+  const std::array<int64_t, 2> image = pair(kOp, "image_size", image_size);
+  p.patch_height = patch[0];
+  p.patch_width = patch[1];
+  p.height = image[0];
+  p.width = image[1];
   GLANCE_CHECK_VALUE(p.patch_height > 0 && p.patch_width > 0, kOp,
                      "patch_size to be positive, got (", p.patch_height, ", ", p.patch_width, ")");
   GLANCE_CHECK_VALUE(p.height > 0 && p.width > 0, kOp, "image_size to be positive, got (", p.height,
                      ", ", p.width, ")");
-  const std::vector<int64_t> origins = origin_list(scores, origins_argument, pair(stride));
+  const std::vector<int64_t> origins = origin_list(scores, origins_argument, pair(kOp, "stride", stride));
   p.batch = scores.size(0);
   p.patches = static_cast<int64_t>(origins.size()) / 2;
   GLANCE_CHECK_VALUE(p.patches <= std::numeric_limits<int32_t>::max(), kOp,
@@ -213,7 +216,7 @@ at::Tensor aggregate_patch_scores_backward(const at::Tensor& grad_map, const at:
                      ", H, W), got ", grad_map.sizes());
   GLANCE_CHECK_TYPE(grad_map.scalar_type() == scores.scalar_type(),
                     "aggregate_patch_scores_backward", "grad_map of the scores' ",
-                    scores.dtype().name(), ", got ", grad_map.dtype().name());
+                    dtype_name(scores), ", got ", dtype_name(grad_map));
   const Geometry geometry =
       checked_geometry(p, scores, origins, patch_size, grad_map.sizes().slice(1), stride,
                        std::string(mode), parameter);

@@ -432,7 +432,6 @@ def _decode_pillow(stream: BinaryIO, kind: str, page: int = 0) -> tuple[np.ndarr
     if mode == "1":
         image = image.convert("L")
     elif mode in ("P", "PA", "CMYK", "YCbCr"):
-        image.info.pop("transparency", None)
         image = image.convert("RGB")
     elif mode not in ("L", "LA", "RGB", "RGBA", "RGBX", "I", "F") and not mode.startswith("I;16"):
         raise _UnusableError(f"expected grey, palette, RGB or CMYK samples, found mode {mode}")

@@ -18,7 +18,7 @@ from glance_ext.data.patches import (
     sample_scaled_patches,
 )
 from glance_ext.engine.checkpoint import load_checkpoint, load_module, prefixed, save_checkpoint
-from glance_ext.engine.loop import Stage, Trainer, step_generator
+from glance_ext.engine.loop import History, Stage, Trainer, step_generator
 from glance_ext.errors import GlanceError, InputError
 from glance_ext.models.local_net import Decoder, LocalNet, compactness_loss, knowledge_loss
 from glance_ext.models.normalisation import IMAGE_MEAN, IMAGE_STD, normalise
@@ -85,6 +85,14 @@ class DistilledNet:
         )
 
 
+@dataclass(frozen=True)
+class DistillResult:
+    """What a distillation made: the network, and its losses by name as (step, value)."""
+
+    net: DistilledNet
+    history: History
+
+
 def save_local_net(path: str | os.PathLike[str], net: DistilledNet) -> None:
     """Writes a distilled Local-Net as a checkpoint of its own."""
     metadata = {
@@ -139,7 +147,7 @@ def distill(
     resume: bool = False,
     show_progress: bool = True,
     on_error: Callable[[InputError], None],
-) -> DistilledNet:
+) -> DistillResult:
     """Stage 1: distils ``teacher`` into a new Local-Net on random patches of any images.
 
     Args:
@@ -201,7 +209,7 @@ def distill(
     standardise_local_net(net, sample, settings.seed)
     save_local_net(output, net)
     state.unlink(missing_ok=True)
-    return net
+    return DistillResult(net, trainer.history)
 
 
 def distillation_losses(

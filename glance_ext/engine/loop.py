@@ -237,7 +237,9 @@ class Trainer:
             self._interrupted = True
 
         self._interrupted = False
-        previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        previous = {
+            number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield
         finally:

@@ -64,7 +64,7 @@ class LocalNet(nn.Module):
 
     @torch.no_grad()
     def standardise(self, mean: Tensor, std: Tensor, decoder: Decoder | None = None) -> None:
-        """Folds ``z -> (z - mean) / std`` into the last convolution, and its inverse into the decoder.
+        """Folds ``z -> (z - mean) / std`` into the last convolution, its inverse into the decoder.
 
         Afterwards each feature channel has mean 0 and variance 1 over the patches that ``mean`` and
         ``std`` come from, so that the IAD score starts at the same scale whatever the teacher.
@@ -75,9 +75,8 @@ class LocalNet(nn.Module):
             decoder: Its output stays the same.
         """
         last = self.layers[-1]
-        assert isinstance(last, nn.Conv2d) and last.bias is not None
-        last.weight.div_(std.view(-1, 1, 1, 1))
-        last.bias.sub_(mean).div_(std)
+        last.get_parameter("weight").div_(std.view(-1, 1, 1, 1))
+        last.get_parameter("bias").sub_(mean).div_(std)
         if decoder is not None:
             decoder.linear.bias.add_(decoder.linear.weight @ mean)
             decoder.linear.weight.mul_(std)

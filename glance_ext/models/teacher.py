@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,6 +56,8 @@ class Teacher(nn.Module):
         self.name = name
         self.layer = layer
         self.input_size = input_size
+        self.mean: Tensor
+        self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
@@ -159,15 +162,11 @@ def load_teacher(
             name = OFFLINE_TEACHER
     if not timm.is_model(name):
         raise TeacherError(f"--teacher: expected a model name that timm knows, got {name!r}")
-    if weights is not None:
-        state = _read_state(Path(weights))
-    else:
-        state = _find_state(name)
+    state = _find_state(name) if weights is None else _read_state(Path(weights))
     if state is None:
         state = _download_state(name)
-    network = timm.create_model(name, pretrained=False, num_classes=0)
-    config = network.default_cfg
-    network.eval()
+    network = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    config: Any = network.default_cfg
     truncated = _truncate(network, name, layer)
     needed = truncated.needed(input_size) if isinstance(truncated, Truncated) else None
     _load_state(network, state, name, needed)

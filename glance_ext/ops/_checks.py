@@ -185,9 +185,7 @@ def check_aggregate(
             f"stride to be positive, got ({stride[0]}, {stride[1]})",
         )
         return
-    require(
-        scores.dim() == 2, op, f"scores of shape (N, P) with origins, got {list(scores.shape)}"
-    )
+    require(scores.dim() == 2, op, f"scores of shape (N, P) with origins, got {list(scores.shape)}")
     require(
         origins.dtype in (torch.int64, torch.int32),
         op,

@@ -39,8 +39,8 @@ def aggregate_patch_scores(
         stride: In pixels, one int or (height, width). Exactly one of stride and origins is given.
         origins: ``(P, 2)`` int64 or int32, row and column of each patch's first pixel. Best kept on
             the CPU, where they are checked: on a CUDA device that costs a copy back.
-        mode: ``"mean"`` of the patches over the pixel; ``"gaussian"``, their mean weighted by a bell
-            around each patch's centre; ``"max"``; ``"idw"``, the mean of all patches weighted by
+        mode: ``"mean"`` of the patches over the pixel; ``"gaussian"``, their mean weighted by a
+            bell around each patch's centre; ``"max"``; ``"idw"``, the mean of all patches weighted by
             the inverse distance to their centres (the map of Wang et al., CVPR 2021, as its one
             public re-implementation has it).
         sigma: Of ``"gaussian"``, as a share of the patch's height and width; at least 0.1.

@@ -1,7 +1,7 @@
 """The ops' specification: plain torch, another algorithm than the kernels, in float64 if asked.
 
 Each function takes the arguments of the torch op of its name (csrc/library.cpp) and is
-differentiable by torch's own autograd. Where the compiled library is missing these run in its place.
+differentiable by torch's own autograd. Where the compiled library is missing these run instead.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def partial_conv2d(
     mask_groups = 1 if valid.shape[1] == 1 else groups
 
     def windows(image: Tensor, image_groups: int) -> Tensor:
-        columns = F.unfold(image, weight.shape[2:], dilation, padding, stride)
+        columns = F.unfold(image, weight.shape[2:], tuple(dilation), tuple(padding), tuple(stride))
         return columns.unflatten(1, (image_groups, columns.shape[1] // image_groups))
 
     x = windows(torch.where(valid, input, 0).to(wide), groups)  # (N, G, C/G kh kw, Ho Wo)

@@ -205,34 +205,46 @@ def lzw(data: bytes) -> bytes:
     return int(bits, 2).to_bytes(len(bits) // 8, "big")
 
 
+def lzw_tiff(samples: np.ndarray, order: str) -> bytes:
+    """An LZW TIFF of (H, W, C) unsigned samples, which neither Pillow nor tifffile can write."""
+    height, width, channels = samples.shape
+    data = lzw(samples.astype(samples.dtype.newbyteorder(order)).tobytes())
+    tags = [
+        (256, "H", [width]),
+        (257, "H", [height]),
+        (258, "H", [8 * samples.itemsize] * channels),
+        (259, "H", [5]),
+        (262, "H", [1 if channels == 1 else 2]),
+        (273, "I", [8]),
+        (277, "H", [channels]),
+        (278, "H", [height]),
+        (279, "I", [len(data)]),
+    ] + ([(338, "H", [2])] if channels == 4 else [])
+    start = 8 + len(data)
+    after = start + 2 + 12 * len(tags) + 4
+    entries = extra = b""
+    for code, kind, values in tags:
+        value = struct.pack(f"{order}{len(values)}{kind}", *values)
+        if len(value) > 4:
+            extra, value = extra + value, struct.pack(f"{order}I", after + len(extra))
+        number = 3 if kind == "H" else 4
+        entries += struct.pack(f"{order}HHI", code, number, len(values)) + value.ljust(4, b"\0")
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", start)
+    return head + data + struct.pack(f"{order}H", len(tags)) + entries + bytes(4) + extra
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_a_16_bit_lzw_tiff_keeps_all_16_bits(tmp_path: Path, channels: int, order: str) -> None:
     samples = noise(7, 5, channels, dtype=np.uint16)
-    data = lzw(samples.astype(f"{order}u2").tobytes())
-    tags = [
-        (256, 3, [5]),
-        (257, 3, [7]),
-        (258, 3, [16] * channels),
-        (259, 3, [5]),
-        (262, 3, [1 if channels == 1 else 2]),
-        (273, 4, [8]),
-        (277, 3, [channels]),
-        (278, 3, [7]),
-        (279, 4, [len(data)]),
-    ] + ([(338, 3, [2])] if channels == 4 else [])
-    start = 8 + len(data)
-    extra, after = b"", start + 2 + 12 * len(tags) + 4
-    entries = b""
-    for code, kind, values in tags:
-        value = struct.pack(f"{order}{len(values)}{'H' if kind == 3 else 'I'}", *values)
-        if len(value) > 4:
-            extra, value = extra + value, struct.pack(f"{order}I", after + len(extra))
-        entries += struct.pack(f"{order}HHI", code, kind, len(values)) + value.ljust(4, b"\0")
-    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", start)
-    directory = struct.pack(f"{order}H", len(tags)) + entries + bytes(4)
-    (tmp_path / "a.tif").write_bytes(head + data + directory + extra)
+    (tmp_path / "a.tif").write_bytes(lzw_tiff(samples, order))
     same(load_image(tmp_path / "a.tif"), samples[..., :3], 65535)
+
+
+def test_a_uint32_lzw_tiff_is_unsigned(tmp_path: Path) -> None:
+    samples = noise(7, 5, 1, dtype=np.uint32)
+    (tmp_path / "a.tif").write_bytes(lzw_tiff(samples, "<"))
+    same(load_image(tmp_path / "a.tif"), samples, 2**32 - 1)
 
 
 @pytest.mark.parametrize("compression", ["tiff_lzw", "packbits", "tiff_adobe_deflate"])
@@ -348,8 +360,10 @@ def test_orientation_is_applied_as_a_viewer_does(
     same(load_image(path), turns[orientation], np.iinfo(samples.dtype).max)
 
 
-def test_a_jpeg_with_broken_exif_is_read(tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(encoded("JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff"))
+@pytest.mark.parametrize("format_", ["JPEG", "PNG"])
+@pytest.mark.parametrize("exif", [b"no TIFF", b"MM\0*\xde\x9c", b"II*\0\x08\0\0\0\xff\xff"])
+def test_an_image_with_broken_exif_is_read(tmp_path: Path, exif: bytes, format_: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(encoded(format_, exif=b"Exif\0\0" + exif))
     assert load_image(tmp_path / "a.jpg").shape == (24, 19, 3)
 
 
@@ -533,6 +547,13 @@ def test_a_tiff_whose_strip_inflates_without_end_is_refused(tmp_path: Path) -> N
     data[offset : offset + len(bomb)] = bomb
     (tmp_path / "a.tif").write_bytes(data)
     assert "inflates to more" in refusal(tmp_path / "a.tif")
+
+
+def test_a_tiff_with_a_missing_strip_is_refused_and_not_filled_with_zeros(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "a.tif", noise(8, 8), photometric="minisblack", rowsperstrip=2)
+    with tifffile.TiffFile(tmp_path / "a.tif", mode="r+") as tiff:
+        tiff.pages[0].tags[279].overwrite([16, 16, 0, 16])
+    assert "a strip or tile of 0 bytes" in refusal(tmp_path / "a.tif")
 
 
 def test_layouts_that_are_no_colours_are_refused(tmp_path: Path) -> None:
@@ -805,7 +826,7 @@ def test_list_images_takes_a_folder_that_is_itself_hidden(tmp_path: Path) -> Non
 def test_list_images_follows_links_but_no_loops(tmp_path: Path) -> None:
     touch(tmp_path, "set/z/a.png", "elsewhere/b.png")
     (tmp_path / "set/z/loop").symlink_to(tmp_path / "set")
-    (tmp_path / "set/again").symlink_to(tmp_path / "set/z")
+    (tmp_path / "set/zz").symlink_to(tmp_path / "set/z")
     (tmp_path / "set/linked").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "set/broken.png").symlink_to(tmp_path / "nowhere.png")
     found = [
@@ -861,11 +882,17 @@ def test_equal_names_from_two_places_get_their_folder(tmp_path: Path) -> None:
 
 
 def test_equal_names_in_equal_folders_get_a_number(tmp_path: Path) -> None:
-    touch(tmp_path, "1/d/a.png", "2/d/a.png", "3/d/a.png", "4/a.png-2.png")
+    touch(tmp_path, "1/d/a.png", "2/d/a.png", "3/d/a.png", "4/d/a.png-2.png")
     assert [n for _, n in named(tmp_path, "1/d", "2/d", "3/d/a.png")] == [
         "d/a.png",
         "d/a.png-2",
         "d/a.png-3",
+    ]
+    # a name that was free of collisions is left as it is
+    assert [n for _, n in named(tmp_path, "1/d", "2/d", "4")] == [
+        "d/a.png",
+        "d/a.png-3",
+        "d/a.png-2",
     ]
 
 

@@ -76,6 +76,14 @@ def test_pro_is_shaded_up_to_the_limit(tmp_path: Path) -> None:
     assert widths[0.9] / widths[0.3] == pytest.approx(3, rel=0.05)
 
 
+def test_shade_follows_the_curve(tmp_path: Path) -> None:
+    flat = draw_roc(tmp_path, [], [("", RATES, np.full(50, 0.8))], limit=0.9)
+    step = draw_roc(tmp_path, [], [("", RATES, np.where(RATES < 0.7, 0.2, 0.8))], limit=0.9)
+    expected = (0.7 * 0.2 + 0.2 * 0.8) / (0.9 * 0.8)
+    found = near(step, SHADE).sum() / near(flat, SHADE).sum()
+    assert found == pytest.approx(expected, rel=0.07)
+
+
 def test_shade_ends_at_the_limit_even_between_points(tmp_path: Path) -> None:
     sparse = np.array([0.0, 1.0])
     picture = draw_roc(tmp_path, [], [("AUPRO", sparse, np.full(2, 0.8))], limit=0.5)
@@ -97,7 +105,7 @@ def test_labels_and_title_are_drawn(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("text", [r"$\nonsense{", "日本🔩", "a\nb\udcff", "_hidden", ""])
+@pytest.mark.parametrize("text", [r"$\nonsense{$", "日本🔩", "a\nb\udcff", "_hidden", ""])
 def test_any_text_can_label_a_curve(tmp_path: Path, text: str) -> None:
     picture = draw_roc(tmp_path, [curve(0.1, text)], [curve(0.2, text)], title=text)
     assert near(picture, BLUE).sum() > 300

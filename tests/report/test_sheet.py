@@ -223,6 +223,13 @@ def test_names_that_the_font_lacks_do_not_crash(tmp_path: Path, name: str) -> No
     assert box(sheet, RED)[2:] == (64, 64)
 
 
+def test_control_characters_and_stray_bytes_are_spelled_out_on_one_line(tmp_path: Path) -> None:
+    name = os.fsdecode(b"a\nb\xff")
+    strange = draw(tmp_path, [plain(RED, GREEN, name, heading=name)], tile=64)
+    spelled = draw(tmp_path, [plain(RED, GREEN, "a b\\xff", heading="a b\\xff")], tile=64)
+    np.testing.assert_array_equal(strange, spelled)
+
+
 @pytest.mark.parametrize(
     ("rows", "options", "words"),
     [

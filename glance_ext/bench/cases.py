@@ -1,0 +1,115 @@
+"""What a suite is made of: a case, its variants, and the gate that only right ones pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glance_ext.bench.limits import Work
+from glance_ext.errors import GlanceError
+
+Outputs = dict[str, Tensor]
+
+# Units in the last place, of the largest value, that any order of summation may cost.
+_FLOOR_EPS = 8
+# Reading a number out of TF32: 10 bits of mantissa in the factors.
+_TF32_EPS = 2.0**-10
+
+
+class WrongResultError(GlanceError):
+    """A variant's result is beyond its tolerance: there is nothing to time."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to do a case's work.
+
+    Attributes:
+        run: Does the work once and returns its results by name.
+        expected: Computes those results in float64.
+        items: The batch items that ``expected`` has, of the results that have a batch; None = all.
+    """
+
+    run: Callable[[], Outputs]
+    expected: Callable[[], Outputs]
+    items: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: the same work on the same inputs by several variants.
+
+    Attributes:
+        name: ``op/direction/shape``.
+        shapes: What the metadata says about the inputs.
+        work: The least work, for the limit.
+        variants: By name.
+        yardstick: The variant of plain torch whose own error sets the tolerance.
+    """
+
+    name: str
+    shapes: Mapping[str, Any]
+    work: Work
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+    yardstick: str = "reference"
+
+
+def check(case: Case, dtype: torch.dtype, *, tf32: bool = False) -> dict[str, float]:
+    """Runs every variant once and compares it with float64.
+
+    The tolerance of each result is twice the relative error of plain torch (the case's yardstick,
+    same dtype and device), plus 8 units in the last place, times the result's largest value.
+
+    Args:
+        case: What to check.
+        dtype: Of the inputs.
+        tf32: Whether float32 products may be rounded to TF32.
+
+    Returns:
+        Each variant's largest absolute error over all its results.
+
+    Raises:
+        WrongResultError: A variant is beyond tolerance, or not finite.
+    """
+    floor = _FLOOR_EPS * (_TF32_EPS if tf32 else torch.finfo(dtype).eps)
+    errors = {name: _errors(case.name, name, variant) for name, variant in case.variants.items()}
+    own = max((error / scale for error, scale in errors[case.yardstick].values()), default=0.0)
+    tolerance = 2 * min(own, floor) + floor
+    for name, of_results in errors.items():
+        for result, (error, scale) in of_results.items():
+            if not error <= tolerance * scale:
+                raise WrongResultError(
+                    f"{case.name}: expected variant {name} to be within {tolerance * scale:.3g} "
+                    f"of float64 in {result}, got an error of {error:.3g}"
+                )
+    return {
+        name: max(error for error, _ in of_results.values()) for name, of_results in errors.items()
+    }
+
+
+def _errors(case: str, name: str, variant: Variant) -> dict[str, tuple[float, float]]:
+    """Largest error and largest expected value of each result."""
+    expected = variant.expected()
+    found = variant.run()
+    if found.keys() != expected.keys():
+        raise WrongResultError(
+            f"{case}: expected variant {name} to give {sorted(expected)}, got {sorted(found)}"
+        )
+    errors = {}
+    for result, wanted in expected.items():
+        got = found[result].detach()
+        if variant.items is not None:
+            got = got[list(variant.items)]
+        if got.shape != wanted.shape:
+            raise WrongResultError(
+                f"{case}: expected variant {name} to give {result} of shape "
+                f"{list(wanted.shape)}, got {list(got.shape)}"
+            )
+        difference = float((got.double() - wanted).abs().max())
+        error = difference if difference == difference else float("inf")
+        errors[result] = (error, max(float(wanted.abs().max()), 1e-30))
+    return errors

@@ -1,0 +1,47 @@
+"""``glance-ext bench``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import torch
+
+from glance_ext.cli.common import PATH, device_option, say, seed_option
+
+
+@click.command("bench")
+@click.argument("suite")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    default="float32",
+    show_default=True,
+)
+@click.option("--quick", is_flag=True, help="Fewer shapes and repeats: a smoke test, not a result.")
+@seed_option
+@device_option
+@click.option("--json", "json_file", type=PATH, help="Also write the results to this file.")
+def command(
+    suite: str,
+    dtype: str,
+    quick: bool,
+    seed: int,
+    device: torch.device,
+    json_file: Path | None,
+) -> None:
+    """Measure SUITE (ops) against reference, limit and peers.
+
+    Correctness comes first: a variant that gives a wrong answer is not timed, it ends the run.
+    benchmarks/README.md states how everything is measured.
+    """
+    from glance_ext.bench.run import format_results, run_suite
+    from glance_ext.cli.common import say_error
+    from glance_ext.files import write_json
+
+    results = run_suite(
+        suite, device=device, dtype=dtype, seed=seed, quick=quick, progress=say_error
+    )
+    say(format_results(results))
+    if json_file is not None:
+        write_json(json_file, results)

@@ -1,0 +1,162 @@
+"""What the commands share: options, errors, exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from glance_ext.errors import GlanceError, InputError, OutputError
+from glance_ext.report.text import printable
+
+SOME_FAILED = 1
+WRONG_CALL = 2
+INTERRUPTED = 130
+
+PATH = click.Path(path_type=Path)
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class GlanceGroup(click.Group):
+    """Answers every mistake that a user can make with one line and an exit code."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the command line; see :meth:`click.Command.main`."""
+        if not kwargs.pop("standalone_mode", True):
+            return super().main(*args, standalone_mode=False, **kwargs)
+        warnings.filterwarnings("default", category=RuntimeWarning, module="glance_ext")
+        try:
+            result = super().main(*args, standalone_mode=False, **kwargs)
+        except click.exceptions.Exit as request:
+            sys.exit(request.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            say_error("interrupted; files that were already written are whole")
+            sys.exit(INTERRUPTED)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except GlanceError as error:
+            say_error(str(error))
+            sys.exit(exit_code_of(error))
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(SOME_FAILED)
+        except torch.OutOfMemoryError as error:
+            say_error(f"out of memory: {str(error).splitlines()[0]}")
+            sys.exit(SOME_FAILED)
+        sys.exit(result if isinstance(result, int) else 0)
+
+
+def exit_code_of(error: GlanceError) -> int:
+    """The exit code that belongs to an error which ended the command."""
+    from glance_ext.engine.loop import Interrupted
+
+    if isinstance(error, Interrupted):
+        return INTERRUPTED
+    return SOME_FAILED if isinstance(error, OutputError) else WRONG_CALL
+
+
+def say(text: str) -> None:
+    """Prints to standard output."""
+    click.echo(text)
+
+
+def say_error(text: str) -> None:
+    """Prints one message to standard error."""
+    click.echo(f"glance-ext: {printable(text)}", err=True)
+
+
+class Failures:
+    """Inputs that could not be used: reported as they come, counted at the end."""
+
+    def __init__(self) -> None:
+        self.errors: list[InputError] = []
+
+    def __call__(self, error: InputError) -> None:
+        """Reports one."""
+        self.errors.append(error)
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stderr):
+            say_error(str(error))
+
+    def exit_code(self) -> int:
+        """0, or 1 if an input failed; says how many."""
+        if not self.errors:
+            return 0
+        files = "file" if len(self.errors) == 1 else "files"
+        say_error(f"{len(self.errors)} {files} could not be used (named above)")
+        return SOME_FAILED
+
+
+def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--device``: cpu, cuda, cuda:N, or auto."""
+    return click.option(
+        "--device",
+        default="auto",
+        show_default=True,
+        callback=_parse_device,
+        help="Where to compute: cpu, cuda, cuda:1, ... or auto (cuda if there is one).",
+    )(command)
+
+
+def _parse_device(context: click.Context, option: click.Parameter, value: str) -> torch.device:
+    if value == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(value)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise click.BadParameter(f"expected auto, cpu, cuda or cuda:N, got {value!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise click.BadParameter("no CUDA device can be used here; glance-ext doctor says more")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise click.BadParameter(
+                f"expected cuda:0 to cuda:{torch.cuda.device_count() - 1}, got {value!r}"
+            )
+    return device
+
+
+def seed_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--seed``."""
+    return click.option(
+        "--seed",
+        type=click.IntRange(0, 2**31 - 1),
+        default=0,
+        show_default=True,
+        callback=_set_seed,
+        help="Of everything random; the same seed gives the same result on a CPU.",
+    )(command)
+
+
+def _set_seed(context: click.Context, option: click.Parameter, value: int) -> int:
+    torch.manual_seed(value)
+    return value
+
+
+def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
+    """``--json``."""
+    return click.option(
+        "--json", "json_file", type=PATH, help="Also write the figures to this file, as JSON."
+    )(command)
+
+
+def metadata() -> dict[str, Any]:
+    """What a result file says of the software that made it."""
+    import platform
+
+    from glance_ext import __version__
+
+    return {
+        "glance_ext": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,159 @@
+"""``glance-ext detect``."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from glance_ext.cli.common import (
+    PATH,
+    Failures,
+    device_option,
+    json_option,
+    metadata,
+    say,
+    say_error,
+    seed_option,
+)
+
+CSV_COLUMNS = ("path", "score", "threshold", "anomalous", "error")
+
+
+def detector_options(command: Any) -> Any:
+    """Options that choose how a detector detects; shared with ``evaluate``."""
+    for option in (
+        click.option("--grid", help="Which patches are scored: a stride in pixels, or 'paper'."),
+        click.option(
+            "--false-positive-rate",
+            type=click.FloatRange(0, 1, max_open=True),
+            default=0.05,
+            show_default=True,
+            help="The share of good images that the threshold may flag.",
+        ),
+        click.option("--threshold", type=float, help="Instead of the calibrated threshold."),
+    ):
+        command = option(command)
+    return command
+
+
+def load_detector(
+    model: Path,
+    device: torch.device,
+    grid: str | None,
+    false_positive_rate: float,
+    threshold: float | None,
+) -> Any:
+    """Reads the model and says what the user should know of its threshold."""
+    from glance_ext.engine.detector import Detector
+
+    detector = Detector.load(
+        model,
+        device=device,
+        grid=grid,
+        false_positive_rate=false_positive_rate,
+        threshold=threshold,
+    )
+    held_out = len(detector.calibration.held_out_scores)
+    if threshold is None and detector.grid.name != detector.calibration.grid:
+        say_error(
+            f"note: the threshold was calibrated with --grid {detector.calibration.grid}, not "
+            f"{detector.grid.name}"
+        )
+    if threshold is None and detector.calibration.optimistic:
+        say_error("note: the threshold rests on training images and is too low; see --threshold")
+    elif threshold is None and 0 < false_positive_rate < 1 / held_out:
+        say_error(
+            f"note: {held_out} held-out images cannot tell a rate of {false_positive_rate:g} from "
+            "0; the threshold is the highest of their scores"
+        )
+    return detector
+
+
+@click.command("detect")
+@click.argument("model", type=PATH)
+@click.argument("images", nargs=-1, required=True, type=PATH)
+@click.option("--output", "-o", required=True, type=PATH, help="Folder for maps, heatmaps, scores.")
+@detector_options
+@seed_option
+@device_option
+@json_option
+def command(
+    model: Path,
+    images: tuple[Path, ...],
+    output: Path,
+    grid: str | None,
+    false_positive_rate: float,
+    threshold: float | None,
+    seed: int,
+    device: torch.device,
+    json_file: Path | None,
+) -> int:
+    """Find anomalies in images.
+
+    MODEL is what glance-ext train wrote. IMAGES are files and folders. For each image OUTPUT gets
+    maps/NAME.npy (float32 scores at the image's own height and width), heatmaps/NAME.png and a line
+    in scores.csv. An image that cannot be used is reported there too, and does not stop the others.
+    """
+    import numpy as np
+    from tqdm import tqdm
+
+    from glance_ext.data.images import expand_inputs, load_image
+    from glance_ext.errors import InputError
+    from glance_ext.files import atomic_write, write_json
+    from glance_ext.report import overlay, write_png
+    from glance_ext.report.cases import colour_range
+
+    detector = load_detector(model, device, grid, false_positive_rate, threshold)
+    inputs = expand_inputs(images)
+    if not inputs:
+        raise click.UsageError(
+            f"expected images in {', '.join(map(str, images))}, but found none "
+            "(PNG, JPEG, BMP, TIFF)"
+        )
+    failures = Failures()
+    low, high = colour_range(detector)
+    rows: list[dict[str, Any]] = []
+    for path, name in tqdm(inputs, desc="detect", unit="image", dynamic_ncols=True):
+        row: dict[str, Any] = dict.fromkeys(CSV_COLUMNS)
+        row["path"] = str(path)
+        rows.append(row)
+        try:
+            image = load_image(path)
+        except InputError as error:
+            failures(error)
+            row["error"] = error.reason
+            continue
+        detection = detector.detect(image)
+        row.update(
+            score=detection.score, threshold=detection.threshold, anomalous=detection.anomalous
+        )
+        with atomic_write(output / "maps" / f"{name}.npy") as stream:
+            np.save(stream, detection.map)
+        picture = overlay(image, detection.map, low, high, threshold=detection.threshold)
+        write_png(output / "heatmaps" / f"{name}.png", picture)
+    with atomic_write(output / "scores.csv", "w") as stream:
+        writer = csv.DictWriter(stream, CSV_COLUMNS)
+        writer.writeheader()
+        writer.writerows({**row, "anomalous": _flag(row["anomalous"])} for row in rows)
+    flagged = sum(bool(row["anomalous"]) for row in rows)
+    scored = len(rows) - len(failures.errors)
+    say(f"{flagged} of {scored} images are anomalous (score above {detector.threshold:.4f})")
+    say(f"results: {output}")
+    if json_file is not None:
+        write_json(
+            json_file,
+            {
+                "metadata": {**metadata(), "model": str(model), "grid": detector.grid.name},
+                "threshold": detector.threshold,
+                "results": rows,
+            },
+        )
+    return failures.exit_code()
+
+
+def _flag(value: bool | None) -> str:
+    return "" if value is None else str(int(value))

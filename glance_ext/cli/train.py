@@ -1,0 +1,125 @@
+"""``glance-ext train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from glance_ext.cli.common import (
+    PATH,
+    Failures,
+    device_option,
+    json_option,
+    metadata,
+    say,
+    say_error,
+    seed_option,
+)
+
+
+@click.command("train")
+@click.argument("dataset", required=False, type=PATH)
+@click.option("--normal", type=PATH, help="A folder of images without defects, instead of DATASET.")
+@click.option("--output", "-o", required=True, type=PATH, help="Folder for the model.")
+@click.option(
+    "--preset",
+    type=click.Choice(["quick", "default", "paper"]),
+    default="default",
+    show_default=True,
+    help="quick: minutes on a CPU. default: better maps. paper: the paper's steps and rates, for a "
+    "GPU; it fine-tunes Local-Net and so needs a teacher.",
+)
+@click.option("--steps", type=click.IntRange(1), help="Steps of joint training.")
+@click.option("--batch-size", type=click.IntRange(1), help="Patches a step of joint training.")
+@click.option(
+    "--fine-tune-steps",
+    type=click.IntRange(0),
+    help="Steps of fine-tuning Local-Net on these images; above 0 needs the teacher.",
+)
+@click.option(
+    "--local-net", type=PATH, help="A Local-Net from glance-ext distill; else the packaged one."
+)
+@click.option("--teacher-weights", type=PATH, help="The teacher's weights, for fine-tuning.")
+@click.option(
+    "--lambda-s",
+    type=click.FloatRange(0, 1),
+    help="Share of the inconsistency score in the mix of both heads.",
+)
+@click.option(
+    "--aggregation",
+    type=click.Choice(["mean", "gaussian", "max", "idw"]),
+    help="How overlapping patches become a map.",
+)
+@click.option("--grid", help="Which patches are scored: a stride in pixels, or 'paper' (20x20).")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
+@seed_option
+@device_option
+@json_option
+def command(
+    dataset: Path | None,
+    normal: Path | None,
+    output: Path,
+    preset: str,
+    local_net: Path | None,
+    teacher_weights: Path | None,
+    resume: bool,
+    seed: int,
+    device: torch.device,
+    json_file: Path | None,
+    **changes: Any,
+) -> int:
+    """Train a model on images without defects.
+
+    DATASET is a folder in the MVTec layout, whose train/good is used; or give any folder of good
+    images with --normal. About one image in five is kept from training to set the threshold.
+
+    Ctrl-C saves where training is; run the same command with --resume to go on.
+    """
+    from glance_ext.data.datasets import normal_images
+    from glance_ext.engine.settings import preset as settings_of
+    from glance_ext.engine.train import train
+    from glance_ext.files import write_json
+    from glance_ext.report import plot_losses
+
+    if (dataset is None) == (normal is None):
+        raise click.UsageError("expected exactly one of DATASET and --normal DIR")
+    if local_net is not None and not local_net.is_file():
+        raise click.UsageError(f"--local-net: expected a file, got {local_net}")
+    settings = settings_of(preset, seed=seed, **changes)
+    paths = normal_images(dataset, normal)
+    failures = Failures()
+    result = train(
+        paths,
+        settings,
+        output=output,
+        local_net=local_net,
+        teacher_weights=teacher_weights,
+        device=device,
+        resume=resume,
+        on_error=failures,
+    )
+    plot_losses(output / "losses.png", result.history)
+    threshold = result.detector.threshold
+    if result.detector.calibration.optimistic:
+        say_error(
+            "warning: no image could be kept from training, so the threshold is too low; "
+            "give more images"
+        )
+    say(f"trained on {result.images} images, calibrated on {result.held_out} others")
+    say(f"threshold {threshold:.4f} (flags at most 5 % of the held-out normal images)")
+    say(f"model: {result.model_file}")
+    if json_file is not None:
+        write_json(
+            json_file,
+            {
+                "metadata": {**metadata(), "settings": settings.to_json(), "device": str(device)},
+                "images": result.images,
+                "held_out": result.held_out,
+                "threshold": threshold,
+                "losses": result.history,
+            },
+        )
+    return failures.exit_code()

@@ -1,0 +1,81 @@
+"""Random small stains: the distortion head's negatives (paper, section 3.4)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class StainSettings:
+    """How stains look; the paper says only that they are small and random.
+
+    Attributes:
+        smallest: Least semi-axis of the ellipse in pixels.
+        largest: Greatest semi-axis in pixels; both axes are log-uniform in between.
+        irregularity: Greatest relative deviation of the outline from the ellipse.
+        blur: Greatest width of the soft edge in pixels.
+        contrast: Least and greatest change of the pixel values, in [0, 1].
+    """
+
+    smallest: float = 1.0
+    largest: float = 6.0
+    irregularity: float = 0.3
+    blur: float = 1.5
+    contrast: tuple[float, float] = (0.1, 0.6)
+
+
+def stain(
+    patches: Tensor, generator: torch.Generator, settings: StainSettings | None = None
+) -> Tensor:
+    """Puts one stain on each patch.
+
+    A stain is an ellipse of random place, size and angle with a wavy outline and a soft edge. Half
+    of the stains darken or brighten, half shift each colour channel on its own.
+
+    Args:
+        patches: ``(B, 3, h, w)``, RGB in [0, 1].
+        generator: A CPU generator; everything random comes from it.
+        settings: See :class:`StainSettings`.
+
+    Returns:
+        Stained patches of the same shape; ``patches`` is not changed.
+    """
+    settings = settings or StainSettings()
+    batch, _, height, width = patches.shape
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand((batch, *(shape or (1, 1))), generator=generator)
+
+    angle = uniform(0, math.pi)
+    semi_axes = torch.exp(uniform(math.log(settings.smallest), math.log(settings.largest), 2, 1, 1))
+    y = torch.arange(height)[:, None] - uniform(0.1, 0.9) * (height - 1)
+    x = torch.arange(width) - uniform(0.1, 0.9) * (width - 1)
+    along = (x * angle.cos() + y * angle.sin()) / semi_axes[:, 0]
+    across = (y * angle.cos() - x * angle.sin()) / semi_axes[:, 1]
+    radius = (along.square() + across.square()).sqrt()
+    direction = torch.atan2(across, along)
+    outline = torch.ones_like(radius)
+    for waves in (2, 3, 5):
+        amplitude = uniform(0, settings.irregularity / 3)
+        outline = outline + amplitude * torch.cos(waves * direction + uniform(0, 2 * math.pi))
+    # Distance to the outline in pixels, positive inside, blurred over a random width.
+    inside = (outline - radius) * semi_axes.amin(1)
+    alpha = torch.sigmoid(inside * 4 / uniform(0.3, settings.blur))[:, None]
+
+    amount = uniform(*settings.contrast, 1, 1, 1)
+    signs = torch.where(torch.rand((batch, 3, 1, 1), generator=generator) < 0.5, -1.0, 1.0)
+    grey = torch.rand((batch, 1, 1, 1), generator=generator) < 0.5
+    signs = torch.where(grey, signs[:, :1], signs)
+    strength = torch.where(grey, 1.0, torch.rand((batch, 3, 1, 1), generator=generator))
+    strength = strength / strength.amax(1, keepdim=True)
+    change = (amount * signs * strength).to(patches)
+    # A change that saturates is turned round, so that every stain shows.
+    brightness = (patches * alpha.to(patches)).sum((2, 3), keepdim=True) / alpha.to(patches).sum(
+        (2, 3), keepdim=True
+    )
+    change = torch.where(((brightness + change) - 0.5).abs() > 0.5, -change, change)
+    return (patches + alpha.to(patches) * change).clamp(0, 1)

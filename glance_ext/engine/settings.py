@@ -1,0 +1,108 @@
+"""Settings of training, as presets and as they are stored in a model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from glance_ext.data.grid import patch_grid
+from glance_ext.errors import GlanceError
+
+AGGREGATIONS = ("mean", "gaussian", "max", "idw")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """Settings of stages 2 and 3 and of calibration.
+
+    Attributes:
+        fine_tune_steps: Steps of stage 2; needs the teacher. 0 leaves the stage out.
+        fine_tune_batch_size: Patches a step of stage 2.
+        fine_tune_learning_rate: Of Local-Net.
+        steps: Steps of stage 3.
+        batch_size: Patches a step of stage 3; each has its own masked image.
+        global_learning_rate: Of Global-Net.
+        head_learning_rate: Of the distortion head.
+        lambda_t: Weight of the distortion loss beside the inconsistency loss.
+        lambda_s: Share of the inconsistency score in a patch's score.
+        standardise: Whether each head's score is brought to mean 0 and variance 1 over held-out
+            normal patches before mixing; the paper mixes raw scores.
+        aggregation: How patches become a map; see ``aggregate_patch_scores``.
+        grid: Which patches are scored: a stride, or ``"paper"``.
+        held_out_share: Share of the normal images kept from training for calibration.
+        held_out_most: The most images kept.
+        seed: Of everything random.
+    """
+
+    fine_tune_steps: int = 0
+    fine_tune_batch_size: int = 16
+    fine_tune_learning_rate: float = 2e-4
+    steps: int = 3000
+    batch_size: int = 64
+    global_learning_rate: float = 1e-3
+    head_learning_rate: float = 1e-3
+    lambda_t: float = 0.01
+    lambda_s: float = 0.5
+    standardise: bool = True
+    aggregation: str = "mean"
+    grid: str = "8"
+    held_out_share: float = 0.2
+    held_out_most: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses values that mean nothing.
+
+        Raises:
+            GlanceError: Names the setting, what it may be, and what came.
+        """
+        if not 0 <= self.lambda_s <= 1:
+            raise GlanceError(f"lambda_s: expected a share between 0 and 1, got {self.lambda_s}")
+        if self.steps < 1 or self.fine_tune_steps < 0:
+            raise GlanceError(
+                "steps: expected at least 1, and fine-tuning at least 0, got "
+                f"{self.steps} and {self.fine_tune_steps}"
+            )
+        if self.batch_size < 1 or self.fine_tune_batch_size < 2:
+            raise GlanceError(
+                "batch size: expected at least 1, and for fine-tuning at least 2, got "
+                f"{self.batch_size} and {self.fine_tune_batch_size}"
+            )
+        if self.aggregation not in AGGREGATIONS:
+            raise GlanceError(
+                f"aggregation: expected one of {', '.join(AGGREGATIONS)}, got {self.aggregation!r}"
+            )
+        try:
+            patch_grid(self.grid)
+        except ValueError as error:
+            raise GlanceError(str(error)) from error
+
+    def to_json(self) -> dict[str, Any]:
+        """All settings as JSON values."""
+        return asdict(self)
+
+
+PRESETS: dict[str, TrainSettings] = {
+    "quick": TrainSettings(steps=400, batch_size=32),
+    "default": TrainSettings(),
+    "paper": TrainSettings(
+        fine_tune_steps=50_000,
+        steps=200_000,
+        global_learning_rate=1e-4,
+        head_learning_rate=1e-5,
+        lambda_s=0.8,
+        standardise=False,
+        grid="paper",
+    ),
+}
+
+
+def preset(name: str, **changes: Any) -> TrainSettings:
+    """A preset with every change that is not None.
+
+    Raises:
+        GlanceError: The name is unknown or a value means nothing.
+    """
+    if name not in PRESETS:
+        raise GlanceError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
+    return replace(PRESETS[name], **{k: v for k, v in changes.items() if v is not None})

@@ -1,0 +1,251 @@
+"""Training on normal images: stages 2 and 3, then calibration on held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from glance_ext.data.datasets import split_held_out
+from glance_ext.data.images import load_image, resize
+from glance_ext.data.patches import crop_patches, load_training_images, sample_positions
+from glance_ext.data.stains import stain
+from glance_ext.engine.detector import MODEL_FILE, Detector, calibrate
+from glance_ext.engine.distill import (
+    DistilledNet,
+    DistillSettings,
+    fine_tune_stage,
+    load_local_net,
+    packaged_local_net,
+)
+from glance_ext.engine.loop import History, Stage, Trainer
+from glance_ext.engine.settings import TrainSettings
+from glance_ext.errors import GlanceError, InputError
+from glance_ext.models.glance import IMAGE_SIZE, PATCH_SIZE, Glance
+from glance_ext.models.global_net import hole_masks
+from glance_ext.models.heads import distortion_loss, inconsistency
+from glance_ext.models.normalisation import normalise
+
+STATE_FILE = "training.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training made.
+
+    Attributes:
+        detector: The calibrated detector, as saved.
+        model_file: Where it is.
+        history: Losses by stage and name, as (step, value).
+        images: How many normal images were trained on.
+        held_out: How many were kept for calibration.
+        failed: The files that could not be used.
+    """
+
+    detector: Detector
+    model_file: Path
+    history: History
+    images: int
+    held_out: int
+    failed: tuple[InputError, ...]
+
+
+def train(
+    paths: Sequence[Path],
+    settings: TrainSettings,
+    *,
+    output: Path,
+    local_net: Path | None = None,
+    teacher_weights: Path | None = None,
+    device: torch.device | str = "cpu",
+    resume: bool = False,
+    show_progress: bool = True,
+    on_error: Callable[[InputError], None] = lambda error: None,
+) -> TrainResult:
+    """Trains a model on normal images and calibrates it on some that it has not seen.
+
+    Args:
+        paths: Normal images.
+        settings: See :class:`TrainSettings`.
+        output: Folder for the model, and while training runs for its state.
+        local_net: A distilled Local-Net; None for the one in the package.
+        teacher_weights: Weights of the teacher, for fine-tuning.
+        device: Where to train.
+        resume: Whether to go on from an interrupted run.
+        show_progress: Whether to draw progress bars on standard error.
+        on_error: Called for each image that cannot be used.
+
+    Raises:
+        GlanceError: No image can be used, the output already holds a model, or training diverged.
+        CheckpointError: ``local_net`` or the interrupted run's state cannot be used.
+        TeacherError: Fine-tuning needs a teacher that cannot be had.
+        Interrupted: Ctrl-C; the state is saved.
+        OutputError: The output cannot be written.
+    """
+    device = torch.device(device)
+    model_file = output / MODEL_FILE
+    if model_file.exists():
+        raise GlanceError(
+            f"{output}: already holds a finished model ({MODEL_FILE}); give another --output, or "
+            "remove it first"
+        )
+    state_file = output / STATE_FILE
+    if state_file.exists() and not resume:
+        raise GlanceError(
+            f"{output}: holds the state of an interrupted run ({STATE_FILE}); go on with --resume, "
+            "or remove it first"
+        )
+    failed: list[InputError] = []
+
+    def note(error: InputError) -> None:
+        failed.append(error)
+        on_error(error)
+
+    share = min(settings.held_out_share, settings.held_out_most / max(1, len(paths)))
+    train_paths, held_out_paths = split_held_out(paths, share, settings.seed)
+    images = load_training_images(train_paths, IMAGE_SIZE, on_error=note)
+    if not len(images):
+        raise GlanceError(
+            f"train: expected at least one usable normal image, got 0 of {len(paths)}"
+        )
+    distilled = load_local_net(local_net or packaged_local_net())
+    torch.manual_seed(settings.seed)
+    model = Glance(distilled.local_net).to(device)
+    distilled.decoder.to(device)
+    trainer = Trainer(
+        state_file,
+        {
+            **settings.to_json(),
+            "images": len(images),
+            "local_net": str(local_net or "packaged"),
+            "device": device.type,
+        },
+        settings.seed,
+        log_dir=output / "tensorboard",
+        show_progress=show_progress,
+    )
+    if resume:
+        trainer.resume()
+    if settings.fine_tune_steps:
+        _fine_tune(trainer, distilled, images, settings, teacher_weights, device)
+        trainer.restore_modules({"local_net": model.local_net})
+    trainer.run(joint_stage(model, images, settings, device))
+    trainer.restore_modules({"model": model})
+
+    held_out, optimistic = _load_held_out(held_out_paths, train_paths, images, note)
+    bar = tqdm(
+        held_out, desc="calibrate", unit="image", disable=not show_progress, dynamic_ncols=True
+    )
+    calibration = calibrate(
+        model,
+        bar,
+        lambda_s=settings.lambda_s,
+        standardise=settings.standardise,
+        aggregation=settings.aggregation,
+        grid=settings.grid,
+        optimistic=optimistic,
+        device=device,
+    )
+    record: dict[str, Any] = {
+        **settings.to_json(),
+        "images": len(images),
+        "teacher": distilled.teacher,
+    }
+    detector = Detector(model, calibration, record, device=device)
+    detector.save(model_file)
+    state_file.unlink(missing_ok=True)
+    return TrainResult(
+        detector, model_file, trainer.history, len(images), len(held_out), tuple(failed)
+    )
+
+
+def _load_held_out(
+    held_out_paths: Sequence[Path],
+    train_paths: Sequence[Path],
+    images: Tensor,
+    on_error: Callable[[InputError], None],
+) -> tuple[list[Tensor], bool]:
+    """Images for calibration, and whether they had to be taken from the training images."""
+    held_out = []
+    for path in held_out_paths:
+        if path in train_paths:
+            continue
+        try:
+            held_out.append(resize(load_image(path), IMAGE_SIZE))
+        except InputError as error:
+            on_error(error)
+    if held_out:
+        return held_out, False
+    return [image.float() for image in images[:1]], True
+
+
+def _fine_tune(
+    trainer: Trainer,
+    distilled: DistilledNet,
+    images: Tensor,
+    settings: TrainSettings,
+    teacher_weights: Path | None,
+    device: torch.device,
+) -> None:
+    fine_tune = DistillSettings(
+        steps=settings.fine_tune_steps,
+        batch_size=settings.fine_tune_batch_size,
+        learning_rate=settings.fine_tune_learning_rate,
+    )
+    teacher = distilled.load_teacher(teacher_weights)
+    trainer.run(fine_tune_stage(distilled, teacher, images, fine_tune, device))
+
+
+def joint_stage(
+    model: Glance, images: Tensor, settings: TrainSettings, device: torch.device
+) -> Stage:
+    """Stage 3: Global-Net and the distortion head, Local-Net frozen (paper, section 3.5).
+
+    ``l_IAD + lambda_t * l_DAD``. The distortion head sees each patch as it is and with a stain; the
+    inconsistency loss never sees a stained patch.
+
+    Args:
+        model: Trained in place.
+        images: ``(N, 3, 256, 256)`` normal images, RGB in [0, 1].
+        settings: Steps, batch size, learning rates and lambda_t.
+        device: Where to train.
+    """
+    model.local_net.requires_grad_(False).eval()
+    optimizer = torch.optim.Adam(
+        [
+            {"params": model.global_net.parameters(), "lr": settings.global_learning_rate},
+            {"params": model.distortion_head.parameters(), "lr": settings.head_learning_rate},
+        ]
+    )
+
+    def step(generator: torch.Generator) -> dict[str, Tensor]:
+        count = settings.batch_size
+        picks = torch.randint(len(images), (count,), generator=generator)
+        origins = sample_positions(count, IMAGE_SIZE, PATCH_SIZE, generator)
+        batch = images[picks].float()
+        patches = crop_patches(batch, origins, PATCH_SIZE)
+        stained = stain(patches, generator)
+        both = normalise(torch.cat((patches, stained)).to(device))
+        with torch.no_grad():
+            clean_features, stained_features = model.local_net(both).chunk(2)
+        masks = hole_masks(origins, PATCH_SIZE, IMAGE_SIZE).to(device)
+        global_features = model.global_net(normalise(batch.to(device)), masks)
+        iad = inconsistency(clean_features, global_features).mean()
+        log_odds = model.distortion_head(
+            torch.cat((clean_features, stained_features)), global_features.repeat(2, 1)
+        )
+        undistorted = torch.zeros_like(log_odds)
+        undistorted[:count] = 1
+        dad = distortion_loss(log_odds, undistorted)
+        return {
+            "loss": iad + settings.lambda_t * dad,
+            "inconsistency": iad,
+            "distortion": dad,
+        }
+
+    return Stage("joint", settings.steps, step, optimizer, {"model": model})

@@ -1,0 +1,71 @@
+"""Pictures of an evaluation: its curves, and its extreme cases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from glance_ext.data.images import load_image
+from glance_ext.engine.detector import Detector
+from glance_ext.engine.evaluate import PRO_LIMIT, Evaluation, Scored
+from glance_ext.metrics import auroc, thin
+from glance_ext.report.curves import plot_roc_pro
+from glance_ext.report.heatmap import overlay
+from glance_ext.report.sheet import Tile, contact_sheet
+
+
+def colour_range(detector: Detector) -> tuple[float, float]:
+    """The scores at which a model's heatmaps begin to colour, and at which they are saturated.
+
+    Half-way from the median of held-out normal maps to the threshold, and as far beyond it again;
+    the same for every image of a model, so that its heatmaps can be compared.
+    """
+    low = detector.calibration.pixel_range[0]
+    reach = detector.threshold - low
+    if reach <= 0:
+        return low, low + max(1e-12, abs(low))
+    return low + 0.5 * reach, low + 2.0 * reach
+
+
+def write_curves(path: Path, evaluation: Evaluation, title: str) -> None:
+    """Draws ROC and PRO curves; a metric that is not defined is left out."""
+    roc, pro = [], []
+    if evaluation.image_roc is not None:
+        label = f"image, AUROC {evaluation.metrics['image_AUROC']:.3f}"
+        roc.append((label, *evaluation.image_roc))
+    if evaluation.pixel is not None:
+        pixel = evaluation.pixel
+        label = f"pixel, AUROC {pixel.pixel_AUROC:.3f}"
+        roc.append((label, *thin(pixel.roc.fpr, pixel.roc.tpr)))
+        label = f"AUPRO {pixel.pixel_AUPRO:.3f}"
+        pro.append((label, *thin(pixel.pro.fpr, pixel.pro.pro)))
+    plot_roc_pro(path, roc, pro, limit=PRO_LIMIT, title=title)
+
+
+def write_cases(path: Path, detector: Detector, results: Sequence[Scored], most: int = 6) -> None:
+    """Draws the worst and best located defects and the good images of the highest scores."""
+    contact_sheet(path, _tiles(detector, results, most))
+
+
+def _tiles(detector: Detector, results: Sequence[Scored], most: int) -> Iterator[Tile]:
+    partly = [r for r in results if r.sample.anomalous and not r.mask.all()]
+    located = sorted(partly, key=lambda r: auroc(r.map, r.mask))
+    good = sorted((r for r in results if not r.sample.anomalous), key=lambda r: -r.score)
+    worst = located[: min(most, (len(located) + 1) // 2)]
+    best = located[::-1][: min(most, len(located) - len(worst))]
+    for heading, group in (
+        ("Worst located defects", worst),
+        ("Best located defects", best),
+        ("Good images with the highest scores", good[:most]),
+    ):
+        for result in group:
+            yield case_tile(detector, result, heading)
+
+
+def case_tile(detector: Detector, result: Scored, heading: str = "") -> Tile:
+    """One result as image, heatmap and ground truth, with score and verdict below."""
+    image = load_image(result.sample.path)
+    picture = overlay(image, result.map, *colour_range(detector), threshold=detector.threshold)
+    verdict = "anomalous" if result.score > detector.threshold else "good"
+    name = f"{result.sample.defect}/{result.sample.path.name}"
+    return Tile(image, picture, result.mask, f"{name}  {result.score:.2f}: {verdict}", heading)
