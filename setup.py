@@ -12,6 +12,7 @@ it was built with even where it no longer loads.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -26,9 +27,7 @@ from pathlib import Path
 import setuptools
 
 ROOT = Path(__file__).resolve().parent
-INSTALL = (
-    "pip install 'setuptools>=77' ninja 'torch>=2.10' && pip install --no-build-isolation ."
-)
+INSTALL = "pip install 'setuptools>=77' ninja 'torch>=2.10' && pip install --no-build-isolation ."
 
 # CMakeLists.txt names the same files; tests/test_build.py keeps the lists equal.
 KERNEL_SOURCES = [
@@ -46,7 +45,9 @@ OP_SOURCES = [
 ]
 BINDING_SOURCES = ["csrc/bindings.cpp"]
 HEADERS = sorted(
-    path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.suffix in (".h", ".cuh")
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "csrc").rglob("*")
+    if path.suffix in (".h", ".cuh")
 )
 
 # Commands that end in a library, so that they need torch. dist_info does not, but it is what pip
@@ -172,14 +173,13 @@ def version(digits: str) -> tuple[int, int]:
 
 def arch_list_of(flags: list[str]) -> str:
     """The architectures that nvcc's -gencode flags ask for, as TORCH_CUDA_ARCH_LIST writes them."""
-    binary, ptx = [], []
-    for flag in flags:
-        found = re.search(r"code=(sm|compute)_(\d+)([af]?)", flag)
-        if found:
-            major, minor = version(found.group(2))
-            (binary if found.group(1) == "sm" else ptx).append(f"{major}.{minor}{found.group(3)}")
-    alone = [f"{arch}+PTX" for arch in ptx if arch not in binary]
-    return ";".join([f"{arch}+PTX" if arch in ptx else arch for arch in binary] + alone)
+    found = re.findall(r"code=(sm|compute)_(\d+)([af]?)", " ".join(flags))
+    ptx = {(version(digits), suffix) for kind, digits, suffix in found if kind == "compute"}
+    archs = sorted({(version(digits), suffix) for _, digits, suffix in found})
+    return ";".join(
+        f"{major}.{minor}{suffix}" + ("+PTX" if ((major, minor), suffix) in ptx else "")
+        for (major, minor), suffix in archs
+    )
 
 
 def jobs(cores: int, memory: int | None) -> int:
@@ -197,20 +197,16 @@ def available_cores() -> int:
 def available_memory() -> int | None:
     """Bytes of the machine or, if less, of this container; None where neither can be read."""
     sizes = []
-    try:
+    with contextlib.suppress(AttributeError, ValueError, OSError):
         sizes.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):
-        pass
     for limit in ("memory.max", "memory/memory.limit_in_bytes"):
-        try:
+        with contextlib.suppress(ValueError, OSError):
             sizes.append(int(Path("/sys/fs/cgroup", limit).read_text()))
-        except (ValueError, OSError):
-            pass
     return min(sizes, default=None)
 
 
 def pybind11_include(torch_include: list[str]) -> list[str]:
-    """Where pybind11's headers are; torch brings them along, but some distributions take them out."""
+    """Where pybind11's headers are: with torch, unless its distributor has taken them out."""
     if any(os.path.isdir(os.path.join(folder, "pybind11")) for folder in torch_include):
         return []
     try:

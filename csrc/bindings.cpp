@@ -9,8 +9,8 @@ namespace {
 pybind11::dict build_config() {
   pybind11::dict config;
   config["torch"] = GLANCE_EXT_TORCH_VERSION;
-  config["cuda"] = GLANCE_EXT_CUDA_VERSION;     // "" in a CPU build
-  config["arch_list"] = GLANCE_EXT_ARCH_LIST;   // as TORCH_CUDA_ARCH_LIST, "" in a CPU build
+  config["cuda"] = GLANCE_EXT_CUDA_VERSION;    // "" in a CPU build
+  config["arch_list"] = GLANCE_EXT_ARCH_LIST;  // as TORCH_CUDA_ARCH_LIST, "" in a CPU build
   config["python"] = PY_VERSION;
 #if defined(__clang__)
   config["compiler"] = std::string("clang ") + __clang_version__;

@@ -3,7 +3,6 @@
 #include <torch/library.h>
 
 TORCH_LIBRARY(glance_ext, m) {
-
   // (output, mask_out); csrc/partial_conv/partial_conv.h
   m.def(
       "partial_conv2d(Tensor input, Tensor mask, Tensor weight, Tensor? bias, SymInt[2] stride, "

@@ -20,9 +20,9 @@ _warned: set[str] = set()
 
 def _load() -> tuple[Any, str | None]:
     try:
-        from glance_ext import _C
+        from glance_ext import _C  # type: ignore[attr-defined]
     except ImportError as error:  # missing, built for another torch or Python, or a lost library
-        return None, str(error).strip().splitlines()[0]
+        return None, (str(error).strip() or repr(error)).splitlines()[0]
     return _C, None
 
 

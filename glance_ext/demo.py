@@ -1,4 +1,4 @@
-"""The demonstration: the whole way from good images to a report, on textures that need no download."""
+"""The demonstration: from good images to a report, on textures that need no download."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from glance_ext.engine.detector import Detector
 from glance_ext.engine.evaluate import Evaluation, Scored, evaluate, score_samples
 from glance_ext.engine.settings import preset
 from glance_ext.engine.train import train
-from glance_ext.errors import GlanceError, InputError
+from glance_ext.errors import GlanceError, InputError, Interrupted
 from glance_ext.report import (
     Paragraph,
     Picture,
@@ -85,9 +85,12 @@ def _run_texture(output: Path, name: str, settings: Any, device: torch.device) -
     (folder / "model.safetensors").unlink(missing_ok=True)
     (folder / "training.safetensors").unlink(missing_ok=True)
     start = time.perf_counter()
-    trained = train(
-        normal_images(data, None), settings, output=folder, device=device, on_error=unusable
-    )
+    try:
+        trained = train(
+            normal_images(data, None), settings, output=folder, device=device, on_error=unusable
+        )
+    except Interrupted:  # its message speaks of --resume; a demo begins anew
+        raise KeyboardInterrupt from None
     train_seconds = time.perf_counter() - start
     plot_losses(folder / "losses.png", trained.history)
     samples, _ = test_samples(data)

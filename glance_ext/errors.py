@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from os import PathLike
 
+TOO_LARGE = "expected an image that fits in memory, ran out of it"
+
 
 class GlanceError(Exception):
     """A mistake that the caller can mend; the command line prints it without a traceback."""
@@ -27,8 +29,16 @@ class InputError(GlanceError):
         super().__init__(f"{self.path}: {reason}")
 
 
+class NoUsableInputError(GlanceError):
+    """Of all the inputs of a run none could be used; each has been reported."""
+
+
 class OutputError(GlanceError):
     """A result could not be written (disk full, no permission, not a folder)."""
+
+
+class Interrupted(GlanceError):
+    """Work was stopped by Ctrl-C or a termination signal after saving where it was."""
 
 
 class CheckpointError(GlanceError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,25 +16,32 @@ from glance_ext.errors import OutputError
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[Any]]:
-    """Opens a temporary file beside ``path`` and renames it to ``path`` when the block ends well.
+    r"""Opens a temporary file beside ``path`` and renames it to ``path`` when the block ends well.
 
     Whatever goes wrong inside the block, an interruption included, the temporary file is removed
-    and an older file at ``path`` stays as it was.
+    and an older file at ``path`` stays as it was. A link is followed. A device or a pipe, such as
+    ``/dev/stdout``, is written to as it stands: replacing it would take it from everybody else.
 
     Args:
         path: Where the result belongs. Its folder is created if missing.
-        mode: ``"wb"`` or ``"w"`` (UTF-8, no newline translation).
+        mode: ``"wb"`` or ``"w"`` (UTF-8, no newline translation; the bytes of a file name that are
+            no UTF-8 are spelled out, ``\udcff``, which JSON reads back).
 
     Raises:
         OutputError: The operating system refused (disk full, no permission, a file where a folder
             is needed); the message names ``path``.
     """
-    target = Path(path)
-    text = {"encoding": "utf-8", "newline": ""} if "b" not in mode else {}
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "", "errors": "backslashreplace"}
     temporary = None
     try:
+        if _is_special(path):
+            with open(path, mode, **text) as stream:  # type: ignore[call-overload]
+                yield stream
+            return
+        target = Path(os.path.realpath(path))
         target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        # a name of its own: the target's, made longer, could be too long
+        descriptor, temporary = tempfile.mkstemp(prefix=".glance-", dir=target.parent)
         with os.fdopen(descriptor, mode, **text) as stream:  # type: ignore[call-overload]
             yield stream
             stream.flush()
@@ -45,11 +53,35 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "wb") -> Iterator[IO[
         temporary = None
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OutputError(f"{target}: cannot write the file: {reason}") from error
+        raise OutputError(f"{os.fspath(path)}: cannot write the file: {reason}") from error
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def ensure_folder(path: str | os.PathLike[str]) -> None:
+    """Creates a folder for results and tries it, before hours are spent on what belongs there.
+
+    Raises:
+        OutputError: It cannot be created, or no file can be created in it.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{os.fspath(path)}: cannot write to this folder: {reason}") from error
+
+
+def _is_special(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is a device, a pipe or a socket."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # most often: not there yet
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

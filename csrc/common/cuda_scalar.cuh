@@ -47,7 +47,7 @@ inline int blocks_for(int64_t elements) {
 }
 
 // A grid-stride loop with an index of type I, which is 32 bits wide where every index fits.
-#define GLANCE_GRID_STRIDE(I, index, count)                                           \
+#define GLANCE_GRID_STRIDE(I, index, count)                                            \
   for (I index = static_cast<I>(blockIdx.x) * kThreads + threadIdx.x; index < (count); \
        index += static_cast<I>(gridDim.x) * kThreads)
 

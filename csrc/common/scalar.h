@@ -49,7 +49,9 @@ using accumulate_t = typename Accumulate<T>::type;
 
 inline float widen(float value) { return value; }
 inline double widen(double value) { return value; }
-inline float widen(BFloat16 value) { return bits_to_float(static_cast<uint32_t>(value.bits) << 16); }
+inline float widen(BFloat16 value) {
+  return bits_to_float(static_cast<uint32_t>(value.bits) << 16);
+}
 inline float widen(Half value) {
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;

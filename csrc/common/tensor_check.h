@@ -20,8 +20,10 @@
 namespace glance {
 
 // A mistake in a value (ValueError) and in a type (TypeError): "op: expected ..., got ...".
-#define GLANCE_CHECK_VALUE(condition, op, ...) TORCH_CHECK_VALUE(condition, op, ": expected ", __VA_ARGS__)
-#define GLANCE_CHECK_TYPE(condition, op, ...) TORCH_CHECK_TYPE(condition, op, ": expected ", __VA_ARGS__)
+#define GLANCE_CHECK_VALUE(condition, op, ...) \
+  TORCH_CHECK_VALUE(condition, op, ": expected ", __VA_ARGS__)
+#define GLANCE_CHECK_TYPE(condition, op, ...) \
+  TORCH_CHECK_TYPE(condition, op, ": expected ", __VA_ARGS__)
 
 // The dtype as Python writes it, without `torch.`.
 inline std::string dtype_name(const at::Tensor& tensor) {

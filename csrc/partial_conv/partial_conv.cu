@@ -110,13 +110,13 @@ __global__ void rescale_backward_kernel(PartialConvBackwardParams p, I count) {
 }
 
 // Launches `kernel<T, index type>` over `count` elements.
-#define GLANCE_LAUNCH(kernel, T, params, count, stream)                                      \
-  if (fits_32_bits(count)) {                                                                 \
-    kernel<T, int32_t><<<blocks_for(count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>( \
-        params, static_cast<int32_t>(count));                                                \
-  } else {                                                                                   \
-    kernel<T, int64_t><<<blocks_for(count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>( \
-        params, count);                                                                      \
+#define GLANCE_LAUNCH(kernel, T, params, count, stream)                                         \
+  if (fits_32_bits(count)) {                                                                    \
+    kernel<T, int32_t><<<blocks_for(count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(  \
+        params, static_cast<int32_t>(count));                                                   \
+  } else {                                                                                      \
+    kernel<T, int64_t>                                                                          \
+        <<<blocks_for(count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(params, count); \
   }
 
 }  // namespace

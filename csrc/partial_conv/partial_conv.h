@@ -7,7 +7,8 @@
 //   output = 0                                                otherwise
 //   valid  = sum(M) > 0
 //
-// - sum(1) counts the full window whether or not it hangs over the border: kh * kw for a mask of one
+// - sum(1) counts the full window whether or not it hangs over the border: kh * kw for a mask of
+// one
 //   channel, kh * kw * C / groups for a mask of C channels, where sum(M) counts the channels of the
 //   output's own group. Padding counts as missing.
 // - Counts are integers. The ratio and all arithmetic are in float (double for double). No epsilon.

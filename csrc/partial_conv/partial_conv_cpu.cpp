@@ -65,8 +65,7 @@ void mask_rows(const PartialConvParams& p, int64_t begin, int64_t end) {
     const int64_t n = p.mask_batch == 1 ? 0 : image;
     if (!p.channels_last) {
       const int64_t c = p.mask_channels == 1 ? 0 : plane % p.in_channels;
-      const uint8_t* mask =
-          p.mask + ((n * p.mask_channels + c) * p.in_height + y) * p.in_width;
+      const uint8_t* mask = p.mask + ((n * p.mask_channels + c) * p.in_height + y) * p.in_width;
       for (int64_t x = 0; x < p.in_width; ++x) {
         const int64_t i = row * p.in_width + x;
         output[i] = mask[x] ? input[i] : T{};

@@ -62,12 +62,12 @@ PartialConvParams checked_params(const at::Tensor& input, const at::Tensor& weig
                      weight.size(0), ", got ", groups);
   GLANCE_CHECK_VALUE(weight.size(1) == input.size(1) / groups, kOp, "weight to have ",
                      input.size(1) / groups, " input channels (C / groups), got ", weight.size(1));
-  GLANCE_CHECK_VALUE(weight.size(0) > 0 && weight.size(1) > 0 && weight.size(2) > 0 &&
-                         weight.size(3) > 0,
-                     kOp, "weight of a positive size, got ", weight.sizes());
+  GLANCE_CHECK_VALUE(
+      weight.size(0) > 0 && weight.size(1) > 0 && weight.size(2) > 0 && weight.size(3) > 0, kOp,
+      "weight of a positive size, got ", weight.sizes());
   if (bias.has_value()) {
-    GLANCE_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), kOp,
-                       "bias of shape (", weight.size(0), ",), got ", bias->sizes());
+    GLANCE_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), kOp, "bias of shape (",
+                       weight.size(0), ",), got ", bias->sizes());
     GLANCE_CHECK_TYPE(bias->scalar_type() == input.scalar_type(), kOp, "bias of the input's ",
                       dtype_name(input), ", got ", dtype_name(*bias));
     GLANCE_CHECK_VALUE(bias->device() == input.device(), kOp, "bias on the input's device ",
@@ -138,12 +138,12 @@ at::Tensor next_mask(const PartialConvParams& p, const at::Tensor& ratio, at::Sc
   return valid.to(dtype);
 }
 
-std::tuple<at::Tensor, at::Tensor> partial_conv2d(
-    const at::Tensor& input, const at::Tensor& mask, const at::Tensor& weight,
-    const std::optional<at::Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, int64_t groups) {
-  PartialConvParams p =
-      checked_params(input, weight, bias, stride, padding, dilation, groups);
+std::tuple<at::Tensor, at::Tensor> partial_conv2d(const at::Tensor& input, const at::Tensor& mask,
+                                                  const at::Tensor& weight,
+                                                  const std::optional<at::Tensor>& bias,
+                                                  at::IntArrayRef stride, at::IntArrayRef padding,
+                                                  at::IntArrayRef dilation, int64_t groups) {
+  PartialConvParams p = checked_params(input, weight, bias, stride, padding, dilation, groups);
   const DeviceGuard guard(input);
   const Workspace work = prepare(p, input, mask, true);
   at::Tensor output =
@@ -217,28 +217,30 @@ std::tuple<at::Tensor, at::Tensor> partial_conv2d_autocast(
                                                    : c10::DispatchKey::AutocastCPU;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device);
-  const auto lower = [&](const at::Tensor& t) { return at::autocast::cached_cast(dtype, t, device); };
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("glance_ext::partial_conv2d", "")
-          .typed<std::tuple<at::Tensor, at::Tensor>(
-              const at::Tensor&, const at::Tensor&, const at::Tensor&,
-              const std::optional<at::Tensor>&, at::IntArrayRef, at::IntArrayRef, at::IntArrayRef,
-              int64_t)>();
-  // Not a plain cast: what is small but not zero would round to zero in float16.
-  const at::Tensor low_mask = mask.is_floating_point() ? lower(mask.ne(0).to(at::kFloat)) : mask;
+  const auto lower = [&](const at::Tensor& t) {
+    return at::autocast::cached_cast(dtype, t, device);
+  };
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("glance_ext::partial_conv2d", "")
+                             .typed<std::tuple<at::Tensor, at::Tensor>(
+                                 const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                                 const std::optional<at::Tensor>&, at::IntArrayRef, at::IntArrayRef,
+                                 at::IntArrayRef, int64_t)>();
+  // Not cast to the low precision, where what is small but not zero might round to zero.
+  const at::Tensor valid = mask.is_floating_point() ? mask.ne(0) : mask;
   auto [output, mask_out] =
-      op.call(lower(input), low_mask, lower(weight),
+      op.call(lower(input), valid, lower(weight),
               bias.has_value() ? std::optional<at::Tensor>(lower(*bias)) : std::nullopt, stride,
               padding, dilation, groups);
   return {output, mask_out.to(mask.scalar_type())};
 }
 
 template <c10::DeviceType kDevice>
-std::tuple<at::Tensor, at::Tensor> autocast_for(
-    const at::Tensor& input, const at::Tensor& mask, const at::Tensor& weight,
-    const std::optional<at::Tensor>& bias, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, int64_t groups) {
+std::tuple<at::Tensor, at::Tensor> autocast_for(const at::Tensor& input, const at::Tensor& mask,
+                                                const at::Tensor& weight,
+                                                const std::optional<at::Tensor>& bias,
+                                                at::IntArrayRef stride, at::IntArrayRef padding,
+                                                at::IntArrayRef dilation, int64_t groups) {
   return partial_conv2d_autocast(kDevice, input, mask, weight, bias, stride, padding, dilation,
                                  groups);
 }

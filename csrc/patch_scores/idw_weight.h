@@ -18,6 +18,13 @@ GLANCE_HOST_DEVICE inline A idw_weight(A nearest, A squared, A half_power) {
   return std::pow(closeness, half_power);
 }
 
+// Whether the pixel is on centres, but not on this patch's: then the patch has no part in the
+// pixel, so that its NaN or infinity, times a weight of zero, does not reach it.
+template <typename A>
+GLANCE_HOST_DEVICE inline bool idw_excludes(A nearest, A squared) {
+  return nearest == A(0) && squared != A(0);
+}
+
 // Squared distance from pixel (y, x) to the centre of the patch at (row, column).
 template <typename A>
 GLANCE_HOST_DEVICE inline A squared_distance(int64_t y, int64_t x, int64_t row, int64_t column,

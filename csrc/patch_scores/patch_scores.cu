@@ -8,7 +8,8 @@ namespace glance {
 namespace {
 
 // Whether the patch, which covers the pixel's row, covers its column too.
-__device__ __forceinline__ bool covers_column(const PatchScoresParams& p, int64_t patch, int64_t x) {
+__device__ __forceinline__ bool covers_column(const PatchScoresParams& p, int64_t patch,
+                                              int64_t x) {
   const int64_t offset = x - p.origins[2 * patch + 1];
   return offset >= 0 && offset < p.patch_width;
 }
@@ -81,7 +82,9 @@ __global__ void aggregate_kernel(PatchScoresParams p, int64_t count) {
         const A nearest = nearest_centre<A>(p, y, x);
         const A half_power = static_cast<A>(p.power / 2);
         for (int64_t patch = 0; patch < p.patches; ++patch) {
-          const A weight = idw_weight<A>(nearest, distance_to<A>(p, patch, y, x), half_power);
+          const A squared = distance_to<A>(p, patch, y, x);
+          if (idw_excludes<A>(nearest, squared)) continue;
+          const A weight = idw_weight<A>(nearest, squared, half_power);
           sum += weight * load(scores + patch);
           total += weight;
         }
@@ -137,6 +140,7 @@ __global__ void backward_kernel(PatchScoresBackwardParams p) {
     for (int64_t i = threadIdx.x; i < reach; i += kThreads) {
       if constexpr (kMode == PatchMode::kIdw) {
         const A squared = distance_to<A>(p, patch, i / p.width, i % p.width);
+        if (idw_excludes<A>(norm[i], squared)) continue;
         const A weight = idw_weight<A>(norm[i], squared, static_cast<A>(p.power / 2));
         sum += weight / norm[pixels + i] * load(grad + i);
       } else {
@@ -200,8 +204,7 @@ int aggregate_backward_cuda(const PatchScoresBackwardParams& params, void* strea
       prepare_kernel<T, kMode>
           <<<blocks_for(count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(params, count);
       const int blocks = static_cast<int>(tasks < (1 << 20) ? tasks : (1 << 20));
-      backward_kernel<T, kMode>
-          <<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(params);
+      backward_kernel<T, kMode><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(params);
     });
   });
   return cudaGetLastError();

@@ -11,7 +11,9 @@
 //
 // - Every pixel gathers: no atomics, and the order of the sums is the order of the patches, so a
 //   result does not depend on threads.
-// - Arithmetic in float (double for double). NaN scores reach exactly the pixels that they cover.
+// - Arithmetic in float (double for double). NaN scores reach exactly the pixels that they
+//   have a part in: those that the patch covers, or for idw all but those on other patches'
+//   centres.
 // - idw weights are taken relative to the nearest centre, (d_min / d_p)^power, which neither
 //   overflows nor vanishes.
 // - Gradients: the modes but max are linear in the scores. max passes a pixel's gradient to the

@@ -79,6 +79,7 @@ void idw_rows(const PatchScoresParams& p, int64_t begin, int64_t end) {
       const A nearest = nearest_centre<A>(p, y, x, weight.data());
       A sum{0}, total{0};
       for (int64_t i = 0; i < p.patches; ++i) {
+        if (idw_excludes<A>(nearest, weight[i])) continue;
         const A w = idw_weight<A>(nearest, weight[i], half_power);
         sum += w * wide[i];
         total += w;
@@ -184,10 +185,12 @@ void backward_patches(const PatchScoresBackwardParams& p, int64_t begin, int64_t
     const T* grad = static_cast<const T*>(p.grad_map);
     std::vector<A> total(p.batch, A{0});
     for (int64_t i = 0; i < pixels; ++i) {
-      const A squared = squared_distance<A>(i / p.width, i % p.width, p.origins[2 * patch],
-                                            p.origins[2 * patch + 1], p.patch_height,
-                                            p.patch_width);
-      const A share = idw_weight<A>(norm[i], squared, static_cast<A>(p.power / 2)) / norm[pixels + i];
+      const A squared =
+          squared_distance<A>(i / p.width, i % p.width, p.origins[2 * patch],
+                              p.origins[2 * patch + 1], p.patch_height, p.patch_width);
+      if (idw_excludes<A>(norm[i], squared)) continue;
+      const A share =
+          idw_weight<A>(norm[i], squared, static_cast<A>(p.power / 2)) / norm[pixels + i];
       for (int64_t n = 0; n < p.batch; ++n) total[n] += share * widen(grad[n * pixels + i]);
     }
     for (int64_t n = 0; n < p.batch; ++n) grad_scores[n * p.patches + patch] = narrow<T>(total[n]);

@@ -52,9 +52,9 @@ std::vector<int64_t> origin_list(const at::Tensor& scores, const std::optional<a
                      scores.sizes());
   GLANCE_CHECK_TYPE(origins->scalar_type() == at::kLong || origins->scalar_type() == at::kInt, kOp,
                     "origins to be int64 or int32, got ", dtype_name(*origins));
-  GLANCE_CHECK_VALUE(origins->dim() == 2 && origins->size(0) == scores.size(1) &&
-                         origins->size(1) == 2,
-                     kOp, "origins of shape (", scores.size(1), ", 2), got ", origins->sizes());
+  GLANCE_CHECK_VALUE(
+      origins->dim() == 2 && origins->size(0) == scores.size(1) && origins->size(1) == 2, kOp,
+      "origins of shape (", scores.size(1), ", 2), got ", origins->sizes());
   const at::Tensor host = origins->to(at::kCPU, at::kLong).contiguous();
   const int64_t* data = host.const_data_ptr<int64_t>();
   list.assign(data, data + host.numel());
@@ -148,7 +148,8 @@ Geometry checked_geometry(PatchScoresParams& p, const at::Tensor& scores,
                      "patch_size to be positive, got (", p.patch_height, ", ", p.patch_width, ")");
   GLANCE_CHECK_VALUE(p.height > 0 && p.width > 0, kOp, "image_size to be positive, got (", p.height,
                      ", ", p.width, ")");
-  const std::vector<int64_t> origins = origin_list(scores, origins_argument, pair(kOp, "stride", stride));
+  const std::vector<int64_t> origins =
+      origin_list(scores, origins_argument, pair(kOp, "stride", stride));
   p.batch = scores.size(0);
   p.patches = static_cast<int64_t>(origins.size()) / 2;
   GLANCE_CHECK_VALUE(p.patches <= std::numeric_limits<int32_t>::max(), kOp,
@@ -188,7 +189,8 @@ Geometry checked_geometry(PatchScoresParams& p, const at::Tensor& scores,
   return g;
 }
 
-at::Tensor aggregate_patch_scores(const at::Tensor& scores, const std::optional<at::Tensor>& origins,
+at::Tensor aggregate_patch_scores(const at::Tensor& scores,
+                                  const std::optional<at::Tensor>& origins,
                                   at::IntArrayRef patch_size, at::IntArrayRef image_size,
                                   at::IntArrayRef stride, c10::string_view mode, double parameter) {
   PatchScoresParams p;

@@ -1,4 +1,4 @@
-"""Benchmarks with a method: what ``glance-ext bench`` runs; benchmarks/README.md is the contract."""
+"""What ``glance-ext bench`` runs; benchmarks/README.md is the contract of its numbers."""
 
 from glance_ext.bench.results import format_results, result_file_name, validate_results
 from glance_ext.bench.run import SUITES, run_suite

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +15,18 @@ from glance_ext.errors import GlanceError
 
 Outputs = dict[str, Tensor]
 
-# Units in the last place, of the largest value, that any order of summation may cost.
+# Tolerances are relative to a result's largest value. The floor is a few units in the last place
+# and what the order of a float32 sum may cost; the ceiling is what plain torch may claim as its own.
 _FLOOR_EPS = 8
-# Reading a number out of TF32: 10 bits of mantissa in the factors.
+_ORDER_EPS = 4
 _TF32_EPS = 2.0**-10
+_CEILING = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 5e-3,
+    torch.bfloat16: 5e-2,
+}
+_TF32_CEILING = 5e-3
 
 
 class WrongResultError(GlanceError):
@@ -48,21 +57,24 @@ class Case:
         shapes: What the metadata says about the inputs.
         work: The least work, for the limit.
         variants: By name.
-        yardstick: The variant of plain torch whose own error sets the tolerance.
+        terms: How many products the longest of the sums adds up.
+        yardstick: The variant of plain torch whose own error widens the tolerance, if there is one.
     """
 
     name: str
     shapes: Mapping[str, Any]
     work: Work
     variants: Mapping[str, Variant] = field(default_factory=dict)
-    yardstick: str = "reference"
+    terms: int = 1
+    yardstick: str | None = None
 
 
 def check(case: Case, dtype: torch.dtype, *, tf32: bool = False) -> dict[str, float]:
     """Runs every variant once and compares it with float64.
 
-    The tolerance of each result is twice the relative error of plain torch (the case's yardstick,
-    same dtype and device), plus 8 units in the last place, times the result's largest value.
+    The tolerance of a result, relative to its largest value, is 8 units in the last place, plus 4
+    sqrt(terms) units of float32 for the order of its sums, plus twice plain torch's own error in
+    the same result (the case's yardstick, same dtype and device).
 
     Args:
         case: What to check.
@@ -75,16 +87,22 @@ def check(case: Case, dtype: torch.dtype, *, tf32: bool = False) -> dict[str, fl
     Raises:
         WrongResultError: A variant is beyond tolerance, or not finite.
     """
+    accumulator = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     floor = _FLOOR_EPS * (_TF32_EPS if tf32 else torch.finfo(dtype).eps)
+    floor += _ORDER_EPS * math.sqrt(case.terms) * accumulator
     errors = {name: _errors(case.name, name, variant) for name, variant in case.variants.items()}
-    own = max((error / scale for error, scale in errors[case.yardstick].values()), default=0.0)
-    tolerance = 2 * min(own, floor) + floor
+    ceiling = _TF32_CEILING if tf32 else _CEILING[dtype]
+    own = {
+        result: min(error / scale, ceiling)
+        for result, (error, scale) in errors.get(case.yardstick or "", {}).items()
+    }
     for name, of_results in errors.items():
         for result, (error, scale) in of_results.items():
-            if not error <= tolerance * scale:
+            tolerance = (2 * own.get(result, 0.0) + floor) * scale
+            if not error <= tolerance:
                 raise WrongResultError(
-                    f"{case.name}: expected variant {name} to be within {tolerance * scale:.3g} "
-                    f"of float64 in {result}, got an error of {error:.3g}"
+                    f"{case.name}: expected variant {name} to be within {tolerance:.3g} of float64 "
+                    f"in {result}, got an error of {error:.3g}"
                 )
     return {
         name: max(error for error, _ in of_results.values()) for name, of_results in errors.items()

@@ -7,10 +7,12 @@ Several functions take turns, so that a drift of the machine hits all alike.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,10 +145,9 @@ def peak_mib(fn: Call, device: torch.device) -> float:
         fn()
         torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / _MIB
-    # The plain profiler: Kineto's would write lines of its own to the terminal.
-    with torch.autograd.profiler.profile(use_kineto=False, profile_memory=True) as profile:
+    with _quiet_profiler(), torch.autograd.profiler.profile(profile_memory=True) as profile:
         fn()
-    events = profile.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     held = most = 0
     for _, change in changes:
@@ -174,6 +175,19 @@ def _flusher(device: torch.device) -> Call:
         size = max(2 * size, _CUDA_FLUSH_MIN)
     buffer = torch.empty(size, dtype=torch.uint8, device=device)
     return buffer.zero_
+
+
+@contextlib.contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """Keeps the profiler's library from writing to the terminal, which it does by default."""
+    name = "KINETO_LOG_LEVEL"
+    before = os.environ.get(name)
+    os.environ[name] = before or "99"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
 
 
 def _nothing() -> None:

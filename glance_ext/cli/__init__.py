@@ -6,6 +6,7 @@ from importlib import import_module
 
 import click
 
+from glance_ext import __version__
 from glance_ext.cli.common import GlanceGroup
 
 # Loaded when called for, so that --help answers at once.
@@ -35,9 +36,9 @@ class _LazyGroup(GlanceGroup):
 
 
 @click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="glance-ext", prog_name="glance-ext")
+@click.version_option(__version__, prog_name="glance-ext")
 def main() -> None:
-    """Find what does not belong: anomaly maps from images without defects.
+    r"""Find what does not belong: anomaly maps from images without defects.
 
     \b
     Three steps:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
 
 from glance_ext.cli.common import PATH, device_option, say, seed_option
+
+if TYPE_CHECKING:
+    import torch
 
 
 @click.command("bench")

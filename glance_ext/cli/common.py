@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
-from glance_ext.errors import GlanceError, InputError, OutputError
-from glance_ext.report.text import printable
+from glance_ext.errors import (
+    GlanceError,
+    InputError,
+    Interrupted,
+    NoUsableInputError,
+    OutputError,
+)
+
+# torch is imported where it is needed: --help answers at once, and Ctrl-C finds main() running.
+if TYPE_CHECKING:
+    import torch
 
 SOME_FAILED = 1
 WRONG_CALL = 2
@@ -28,11 +40,16 @@ class GlanceGroup(click.Group):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the command line; see :meth:`click.Command.main`."""
+        run: Callable[..., Any] = super().main  # click's overloads do not know *args
         if not kwargs.pop("standalone_mode", True):
-            return super().main(*args, standalone_mode=False, **kwargs)
+            return run(*args, standalone_mode=False, **kwargs)
         warnings.filterwarnings("default", category=RuntimeWarning, module="glance_ext")
+        if hasattr(sys.stdout, "reconfigure"):  # names of files that the terminal cannot encode
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            result = super().main(*args, standalone_mode=False, **kwargs)
+            with _termination_interrupts():
+                result = run(*args, standalone_mode=False, **kwargs)
+                sys.stdout.flush()
         except click.exceptions.Exit as request:
             sys.exit(request.exit_code)
         except (click.Abort, KeyboardInterrupt):
@@ -45,21 +62,56 @@ class GlanceGroup(click.Group):
             say_error(str(error))
             sys.exit(exit_code_of(error))
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _give_up_stdout()
             sys.exit(SOME_FAILED)
-        except torch.OutOfMemoryError as error:
-            say_error(f"out of memory: {str(error).splitlines()[0]}")
+        except OSError as error:  # the system's refusal: a full disk behind standard output, ...
+            _give_up_stdout()
+            say_error(str(error))
+            sys.exit(SOME_FAILED)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            say_error(" ".join(["out of memory", *str(error).splitlines()[:1]]))
             sys.exit(SOME_FAILED)
         sys.exit(result if isinstance(result, int) else 0)
 
 
+@contextlib.contextmanager
+def _termination_interrupts() -> Iterator[None]:
+    """Lets SIGTERM clean up as Ctrl-C does."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _give_up_stdout() -> None:
+    """Keeps Python from failing once more when it flushes standard output at its end."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"  # torch's, of a GPU
+        or "can't allocate memory" in str(error)  # torch's, of the CPU
+    )
+
+
 def exit_code_of(error: GlanceError) -> int:
     """The exit code that belongs to an error which ended the command."""
-    from glance_ext.engine.loop import Interrupted
-
     if isinstance(error, Interrupted):
         return INTERRUPTED
-    return SOME_FAILED if isinstance(error, OutputError) else WRONG_CALL
+    return SOME_FAILED if isinstance(error, OutputError | NoUsableInputError) else WRONG_CALL
 
 
 def say(text: str) -> None:
@@ -69,14 +121,24 @@ def say(text: str) -> None:
 
 def say_error(text: str) -> None:
     """Prints one message to standard error."""
+    from glance_ext.report.text import printable
+
     click.echo(f"glance-ext: {printable(text)}", err=True)
 
 
 class Failures:
-    """Inputs that could not be used: reported as they come, counted at the end."""
+    """Inputs that could not be used: reported as they come, counted when the block ends."""
 
     def __init__(self) -> None:
         self.errors: list[InputError] = []
+
+    def __enter__(self) -> Failures:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self.errors and (kind is None or issubclass(kind, Exception)):
+            files = "file" if len(self.errors) == 1 else "files"
+            say_error(f"{len(self.errors)} {files} could not be used (named above)")
 
     def __call__(self, error: InputError) -> None:
         """Reports one."""
@@ -87,12 +149,15 @@ class Failures:
             say_error(str(error))
 
     def exit_code(self) -> int:
-        """0, or 1 if an input failed; says how many."""
-        if not self.errors:
-            return 0
-        files = "file" if len(self.errors) == 1 else "files"
-        say_error(f"{len(self.errors)} {files} could not be used (named above)")
-        return SOME_FAILED
+        """0, or 1 if an input failed."""
+        return SOME_FAILED if self.errors else 0
+
+
+def no_images(given: Sequence[Path]) -> click.UsageError:
+    """The error of a call whose folders hold no image."""
+    return click.UsageError(
+        f"expected images in {', '.join(map(str, given))}, but found none (PNG, JPEG, BMP, TIFF)"
+    )
 
 
 def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -107,6 +172,8 @@ def device_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _parse_device(context: click.Context, option: click.Parameter, value: str) -> torch.device:
+    import torch
+
     if value == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -138,6 +205,8 @@ def seed_option(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _set_seed(context: click.Context, option: click.Parameter, value: int) -> int:
+    import torch
+
     torch.manual_seed(value)
     return value
 
@@ -152,6 +221,8 @@ def json_option(command: Callable[..., Any]) -> Callable[..., Any]:
 def metadata() -> dict[str, Any]:
     """What a result file says of the software that made it."""
     import platform
+
+    import torch
 
     from glance_ext import __version__
 

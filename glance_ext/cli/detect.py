@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
 from glance_ext.cli.common import (
     PATH,
@@ -15,10 +15,16 @@ from glance_ext.cli.common import (
     device_option,
     json_option,
     metadata,
+    no_images,
     say,
     say_error,
     seed_option,
 )
+
+if TYPE_CHECKING:
+    import torch
+
+    from glance_ext.engine.detector import Detection, Detector
 
 CSV_COLUMNS = ("path", "score", "threshold", "anomalous", "error")
 
@@ -46,7 +52,7 @@ def load_detector(
     grid: str | None,
     false_positive_rate: float,
     threshold: float | None,
-) -> Any:
+) -> Detector:
     """Reads the model and says what the user should know of its threshold."""
     from glance_ext.engine.detector import Detector
 
@@ -98,61 +104,84 @@ def command(
     maps/NAME.npy (float32 scores at the image's own height and width), heatmaps/NAME.png and a line
     in scores.csv. An image that cannot be used is reported there too, and does not stop the others.
     """
-    import numpy as np
     from tqdm import tqdm
 
-    from glance_ext.data.images import expand_inputs, load_image
+    from glance_ext.data.images import expand_inputs
     from glance_ext.errors import InputError
     from glance_ext.files import atomic_write, write_json
-    from glance_ext.report import overlay, write_png
-    from glance_ext.report.cases import colour_range
 
     detector = load_detector(model, device, grid, false_positive_rate, threshold)
-    inputs = expand_inputs(images)
+    # the heatmaps of an earlier call, if they lie below a folder of images, are none
+    earlier = os.path.realpath(output / "heatmaps") + os.sep
+    inputs = [
+        (path, name)
+        for path, name in expand_inputs(images)
+        if not os.path.realpath(path).startswith(earlier)
+    ]
     if not inputs:
-        raise click.UsageError(
-            f"expected images in {', '.join(map(str, images))}, but found none "
-            "(PNG, JPEG, BMP, TIFF)"
-        )
-    failures = Failures()
-    low, high = colour_range(detector)
+        raise no_images(images)
     rows: list[dict[str, Any]] = []
-    for path, name in tqdm(inputs, desc="detect", unit="image", dynamic_ncols=True):
-        row: dict[str, Any] = dict.fromkeys(CSV_COLUMNS)
-        row["path"] = str(path)
-        rows.append(row)
-        try:
-            image = load_image(path)
-        except InputError as error:
-            failures(error)
-            row["error"] = error.reason
-            continue
-        detection = detector.detect(image)
-        row.update(
-            score=detection.score, threshold=detection.threshold, anomalous=detection.anomalous
-        )
-        with atomic_write(output / "maps" / f"{name}.npy") as stream:
-            np.save(stream, detection.map)
-        picture = overlay(image, detection.map, low, high, threshold=detection.threshold)
-        write_png(output / "heatmaps" / f"{name}.png", picture)
-    with atomic_write(output / "scores.csv", "w") as stream:
-        writer = csv.DictWriter(stream, CSV_COLUMNS)
-        writer.writeheader()
-        writer.writerows({**row, "anomalous": _flag(row["anomalous"])} for row in rows)
-    flagged = sum(bool(row["anomalous"]) for row in rows)
-    scored = len(rows) - len(failures.errors)
-    say(f"{flagged} of {scored} images are anomalous (score above {detector.threshold:.4f})")
-    say(f"results: {output}")
-    if json_file is not None:
-        write_json(
-            json_file,
-            {
+    with Failures() as failures:
+        for path, name in tqdm(inputs, desc="detect", unit="image", dynamic_ncols=True):
+            row: dict[str, Any] = {**dict.fromkeys(CSV_COLUMNS), "path": str(path)}
+            rows.append(row)
+            try:
+                found = _detect_one(detector, path, output, str(name))
+            except InputError as error:
+                failures(error)
+                row["error"] = error.reason
+            else:
+                row.update(score=found.score, threshold=found.threshold, anomalous=found.anomalous)
+        with atomic_write(output / "scores.csv", "w") as stream:
+            writer = csv.DictWriter(stream, CSV_COLUMNS)
+            writer.writeheader()
+            writer.writerows({**row, "anomalous": _flag(row["anomalous"])} for row in rows)
+        flagged = sum(bool(row["anomalous"]) for row in rows)
+        scored = len(rows) - len(failures.errors)
+        say(f"{flagged} of {scored} images are anomalous (score above {detector.threshold:.4f})")
+        say(f"results: {output}")
+        if json_file is not None:
+            content = {
                 "metadata": {**metadata(), "model": str(model), "grid": detector.grid.name},
                 "threshold": detector.threshold,
                 "results": rows,
-            },
-        )
+            }
+            write_json(json_file, content)
     return failures.exit_code()
+
+
+def _detect_one(detector: Detector, path: Path, output: Path, name: str) -> Detection:
+    """Detects in one file and writes its map and heatmap.
+
+    Raises:
+        InputError: The file cannot be used, or its name not be given to a result.
+        OutputError: A result cannot be written.
+    """
+    import errno
+
+    import numpy as np
+
+    from glance_ext.data.images import load_image
+    from glance_ext.errors import TOO_LARGE, InputError, OutputError
+    from glance_ext.files import atomic_write
+    from glance_ext.report import overlay, write_png
+    from glance_ext.report.cases import colour_range
+
+    try:
+        image = load_image(path)
+        found = detector.detect(image)
+        low, high = colour_range(detector)
+        picture = overlay(image, found.map, low, high, threshold=found.threshold)
+        with atomic_write(output / "maps" / f"{name}.npy") as stream:
+            np.save(stream, found.map)
+        write_png(output / "heatmaps" / f"{name}.png", picture)
+    except MemoryError as error:
+        raise InputError(path, TOO_LARGE) from error
+    except OutputError as error:
+        if getattr(error.__cause__, "errno", None) != errno.ENAMETOOLONG:
+            raise
+        raise InputError(path, "expected a shorter name, to name its results after") from error
+    return found
 
 
 def _flag(value: bool | None) -> str:

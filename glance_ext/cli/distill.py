@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
-import torch
 
 from glance_ext.cli.common import (
     PATH,
@@ -13,9 +13,13 @@ from glance_ext.cli.common import (
     device_option,
     json_option,
     metadata,
+    no_images,
     say,
     seed_option,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 
 @click.command("distill")
@@ -83,7 +87,8 @@ def command(
     from glance_ext.models.teacher import load_teacher
 
     paths = [path for path, _ in expand_inputs(images)]
-    failures = Failures()
+    if not paths:
+        raise no_images(images)
     settings = DistillSettings(
         steps=steps,
         batch_size=batch_size,
@@ -95,20 +100,21 @@ def command(
     network = load_teacher(
         teacher, layer=teacher_layer, weights=teacher_weights, input_size=teacher_input_size
     )
-    result = distill(
-        paths,
-        network,
-        settings,
-        output=output,
-        device=device,
-        resume=resume,
-        on_error=failures,
-    )
-    last = {name: points[-1][1] for name, points in result.history.items()}
-    say(f"distilled {network.name} ({network.layer}) into {output}")
-    for name, value in last.items():
-        say(f"  {name}: {value:.4f}")
-    if json_file is not None:
-        content = {"metadata": {**metadata(), **result.net.teacher}, "losses": result.history}
-        write_json(json_file, content)
+    with Failures() as failures:
+        result = distill(
+            paths,
+            network,
+            settings,
+            output=output,
+            device=device,
+            resume=resume,
+            on_error=failures,
+        )
+        last = {name: points[-1][1] for name, points in result.history.items()}
+        say(f"distilled {network.name} ({network.layer}) into {output}")
+        for name, value in last.items():
+            say(f"  {name}: {value:.4f}")
+        if json_file is not None:
+            content = {"metadata": {**metadata(), **result.net.teacher}, "losses": result.history}
+            write_json(json_file, content)
     return failures.exit_code()

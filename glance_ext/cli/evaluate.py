@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
 from glance_ext.cli.common import (
     PATH,
@@ -19,6 +19,11 @@ from glance_ext.cli.common import (
     seed_option,
 )
 from glance_ext.cli.detect import detector_options, load_detector
+
+if TYPE_CHECKING:
+    import torch
+
+    from glance_ext.engine.evaluate import Evaluation
 
 
 @click.command("evaluate")
@@ -53,21 +58,51 @@ def command(
     from glance_ext.data.datasets import test_samples
     from glance_ext.engine.evaluate import evaluate, paper_row, score_samples
     from glance_ext.files import write_json
-    from glance_ext.report import format_table
     from glance_ext.report.cases import write_cases, write_curves
 
-    published = paper_row(dataset.resolve().name) if paper else None
+    name = Path(os.path.abspath(dataset)).name
+    published = paper_row(name) if paper else None
     detector = load_detector(model, device, grid, false_positive_rate, threshold)
     samples, problems = test_samples(dataset)
-    failures = Failures()
-    for problem in problems:
-        failures(problem)
-    bar = tqdm(samples, desc="evaluate", unit="image", dynamic_ncols=True)
-    results = score_samples(detector, bar, failures)
-    evaluation = evaluate(results)
+    with Failures() as failures:
+        for problem in problems:
+            failures(problem)
+        bar = tqdm(samples, desc="evaluate", unit="image", dynamic_ncols=True)
+        results = score_samples(detector, bar, failures)
+        evaluation = evaluate(results)
 
-    say(format_table(["metric", "value"], [[k, _show(v)] for k, v in evaluation.metrics.items()]))
-    if None in evaluation.metrics.values():
+        _print_figures(evaluation, published)
+        content: dict[str, Any] = {
+            "metadata": {
+                **metadata(),
+                "model": str(model),
+                "dataset": name,
+                "grid": detector.grid.name,
+                "images": len(results),
+                "failed": [str(error) for error in failures.errors],
+                "settings": detector.settings,
+            },
+            "metrics": evaluation.metrics,
+            "per_defect": evaluation.per_defect,
+        }
+        if published is not None:
+            content["paper"] = published
+        if json_file is not None:
+            write_json(json_file, content)
+        if output is not None:
+            if not write_curves(output / "curves.png", evaluation, name):
+                say_error("note: there is no curve to draw")
+            write_cases(output / "cases.png", detector, results)
+            say(f"pictures: {output}")
+    return failures.exit_code()
+
+
+def _print_figures(evaluation: Evaluation, published: dict[str, float] | None) -> None:
+    from glance_ext.report import format_table
+
+    metrics = evaluation.metrics
+    say(format_table(["metric", "value"], [[k, _show(v)] for k, v in metrics.items()]))
+    if None in metrics.values():
         say_error("note: some metrics need both good and anomalous images, and one kind is missing")
     if evaluation.per_defect:
         rows = [
@@ -75,32 +110,10 @@ def command(
             for name, f in evaluation.per_defect.items()
         ]
         say("\n" + format_table(["defect", "images", "image_AUROC", "pixel_AUPRO"], rows))
-    content: dict[str, Any] = {
-        "metadata": {
-            **metadata(),
-            "model": str(model),
-            "dataset": dataset.resolve().name,
-            "grid": detector.grid.name,
-            "images": len(results),
-            "failed": [str(error) for error in failures.errors],
-            "settings": detector.settings,
-        },
-        "metrics": evaluation.metrics,
-        "per_defect": evaluation.per_defect,
-    }
     if published is not None:
-        ours = evaluation.metrics["pixel_AUPRO"]
-        rows = [["glance-ext, measured here", _show(ours)]]
+        rows = [["glance-ext, measured here", _show(metrics["pixel_AUPRO"])]]
         rows += [[_METHOD_NAMES.get(k, k), f"{v:.3f}"] for k, v in published.items()]
         say("\n" + format_table(["PRO to 30 %, as the paper's Table 1", "value"], rows))
-        content["paper"] = published
-    if json_file is not None:
-        write_json(json_file, content)
-    if output is not None:
-        write_curves(output / "curves.png", evaluation, dataset.resolve().name)
-        write_cases(output / "cases.png", detector, results)
-        say(f"pictures: {output}")
-    return failures.exit_code()
 
 
 _METHOD_NAMES = {"Glance": "Glance, the paper's figure", "TS": "TS (student-teacher)"}

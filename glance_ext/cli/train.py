@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
-import torch
 
 from glance_ext.cli.common import (
     PATH,
@@ -18,6 +17,9 @@ from glance_ext.cli.common import (
     say_error,
     seed_option,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 
 @click.command("train")
@@ -90,36 +92,38 @@ def command(
         raise click.UsageError(f"--local-net: expected a file, got {local_net}")
     settings = settings_of(preset, seed=seed, **changes)
     paths = normal_images(dataset, normal)
-    failures = Failures()
-    result = train(
-        paths,
-        settings,
-        output=output,
-        local_net=local_net,
-        teacher_weights=teacher_weights,
-        device=device,
-        resume=resume,
-        on_error=failures,
-    )
-    plot_losses(output / "losses.png", result.history)
-    threshold = result.detector.threshold
-    if result.detector.calibration.optimistic:
-        say_error(
-            "warning: no image could be kept from training, so the threshold is too low; "
-            "give more images"
+    with Failures() as failures:
+        result = train(
+            paths,
+            settings,
+            output=output,
+            local_net=local_net,
+            teacher_weights=teacher_weights,
+            device=device,
+            resume=resume,
+            on_error=failures,
         )
-    say(f"trained on {result.images} images, calibrated on {result.held_out} others")
-    say(f"threshold {threshold:.4f} (flags at most 5 % of the held-out normal images)")
-    say(f"model: {result.model_file}")
-    if json_file is not None:
-        write_json(
-            json_file,
-            {
-                "metadata": {**metadata(), "settings": settings.to_json(), "device": str(device)},
+        threshold = result.detector.threshold
+        if result.detector.calibration.optimistic:
+            say_error(
+                "warning: no image could be kept from training, so the threshold is too low; "
+                "give more images"
+            )
+            say(f"trained on {result.images} images, calibrated on one of them")
+            say(f"threshold {threshold:.4f}")
+        else:
+            say(f"trained on {result.images} images, calibrated on {result.held_out} others")
+            say(f"threshold {threshold:.4f} (flags at most 5 % of the held-out normal images)")
+        say(f"model: {result.model_file}")
+        if json_file is not None:
+            run = {**metadata(), "settings": settings.to_json(), "device": str(device)}
+            content = {
+                "metadata": run,
                 "images": result.images,
                 "held_out": result.held_out,
                 "threshold": threshold,
                 "losses": result.history,
-            },
-        )
+            }
+            write_json(json_file, content)
+        plot_losses(output / "losses.png", result.history)
     return failures.exit_code()

@@ -1,0 +1,1 @@
+"""Images, data sets, patches and what is drawn on them."""

@@ -1,0 +1,1 @@
+"""Training, detection, calibration, evaluation and checkpoints."""

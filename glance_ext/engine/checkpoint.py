@@ -16,7 +16,7 @@ from torch import Tensor
 from glance_ext.errors import CheckpointError
 from glance_ext.files import atomic_write
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had a checksum of the tensors alone
 _KEY = "glance_ext"
 
 
@@ -38,7 +38,7 @@ def save_checkpoint(
     header = {
         "format_version": FORMAT_VERSION,
         "kind": kind,
-        "sha256": _digest(stored),
+        "sha256": _digest(stored, kind, metadata),
         "metadata": metadata,
     }
     content = serialise(stored, metadata={_KEY: json.dumps(header, allow_nan=False)})
@@ -83,7 +83,7 @@ def load_checkpoint(
         header = json.loads(header_text)
         version, found_kind = int(header["format_version"]), str(header["kind"])
         metadata, digest = header.get("metadata"), header.get("sha256")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise CheckpointError(f"{path}: the checkpoint's metadata is damaged") from error
     if version > FORMAT_VERSION:
         raise CheckpointError(
@@ -92,7 +92,8 @@ def load_checkpoint(
         )
     if found_kind != kind:
         raise CheckpointError(f"{path}: expected a checkpoint of kind '{kind}', got '{found_kind}'")
-    if not isinstance(metadata, dict) or digest != _digest(tensors):
+    expected = _digest(tensors) if version == 1 else _digest(tensors, found_kind, metadata)
+    if not isinstance(metadata, dict) or digest != expected:
         raise CheckpointError(f"{path}: the checkpoint is damaged: its checksum does not match")
     return tensors, metadata
 
@@ -120,8 +121,10 @@ def prefixed(module: torch.nn.Module, prefix: str) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
+def _digest(tensors: dict[str, Tensor], *described: Any) -> str:
     digest = hashlib.sha256()
+    for value in described:
+        digest.update(json.dumps(value, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,11 +11,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from glance_ext.data.grid import PatchGrid, patch_grid
-from glance_ext.data.images import load_image, resize
+from glance_ext.data.images import load_image, resize, resize_planes
 from glance_ext.engine.calibration import Calibration, head_scale
 from glance_ext.engine.checkpoint import load_checkpoint, load_module, prefixed, save_checkpoint
 from glance_ext.errors import CheckpointError, GlanceError
@@ -71,6 +71,8 @@ class Detector:
         false_positive_rate: float = FALSE_POSITIVE_RATE,
         threshold: float | None = None,
     ) -> None:
+        if threshold is not None and not math.isfinite(threshold):
+            raise GlanceError(f"threshold: expected a finite number, got {threshold}")
         if not 0 <= false_positive_rate < 1:
             raise GlanceError(
                 "false_positive_rate: expected a share of at least 0 and below 1, got "
@@ -130,16 +132,26 @@ class Detector:
         Raises:
             InputError: The file cannot be used.
             ValueError: The array has another form.
+            MemoryError: The image, or its map, does not fit in memory.
         """
         if not isinstance(image, np.ndarray):
             image = load_image(image)
         if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ValueError(f"detect: expected an image of shape (H, W, 3), got {image.shape}")
-        if not np.isfinite(image).all():
-            raise ValueError("detect: expected finite pixel values, got NaN or infinity")
-        anomaly_map = self.score_maps(resize(image, IMAGE_SIZE)[None])[0]
-        size = (image.shape[0], image.shape[1])
-        return Detection(float(anomaly_map.max()), resize_map(anomaly_map, size), self.threshold)
+        low, high = image.min(), image.max()
+        if image.dtype.kind != "f" or not (low >= 0 and high <= 1):  # also if either is NaN
+            raise ValueError(
+                "detect: expected floating-point pixel values from 0 to 1, got "
+                f"{image.dtype} from {low} to {high}"
+            )
+        try:
+            anomaly_map = self.score_maps(resize(image, IMAGE_SIZE)[None])[0]
+            full = resize_map(anomaly_map, (image.shape[0], image.shape[1]))
+        except RuntimeError as error:  # how torch says it on a CPU
+            if "can't allocate memory" in str(error):
+                raise MemoryError(str(error)) from error
+            raise
+        return Detection(float(anomaly_map.max()), full, self.threshold)
 
     @torch.inference_mode()
     def score_maps(self, images: Tensor) -> Tensor:
@@ -164,12 +176,7 @@ class Detector:
 
 def resize_map(anomaly_map: Tensor, size: tuple[int, int]) -> np.ndarray:
     """A map ``(h, w)`` at another size, bilinear, as ``(H, W)`` float32."""
-    if tuple(anomaly_map.shape) == size:
-        return anomaly_map.float().numpy()
-    resized = F.interpolate(
-        anomaly_map[None, None].float(), size, mode="bilinear", antialias=True, align_corners=False
-    )
-    return resized[0, 0].numpy()
+    return resize_planes(anomaly_map[None].float(), size)[0].numpy()
 
 
 @torch.inference_mode()
@@ -204,7 +211,7 @@ def calibrate(
         lambda_s=lambda_s,
         standardise=standardise,
         aggregation=aggregation,
-        grid=grid,
+        grid=patch_grid(grid).name,
         inconsistency=head_scale([score.inconsistency for score in scores]),
         log_odds=head_scale([score.log_odds for score in scores]),
         held_out_scores=(0.0,),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -13,13 +14,15 @@ from torch import Tensor
 
 from glance_ext.data.patches import (
     crop_patches,
+    fingerprint,
     load_mixed_images,
     sample_positions,
     sample_scaled_patches,
 )
 from glance_ext.engine.checkpoint import load_checkpoint, load_module, prefixed, save_checkpoint
 from glance_ext.engine.loop import History, Stage, Trainer, step_generator
-from glance_ext.errors import GlanceError, InputError
+from glance_ext.errors import CheckpointError, GlanceError, InputError, NoUsableInputError
+from glance_ext.files import ensure_folder
 from glance_ext.models.local_net import Decoder, LocalNet, compactness_loss, knowledge_loss
 from glance_ext.models.normalisation import IMAGE_MEAN, IMAGE_STD, normalise
 from glance_ext.models.teacher import Teacher, load_teacher
@@ -55,6 +58,20 @@ class DistillSettings:
     features: int = 128
     bfloat16: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuses values that mean nothing.
+
+        Raises:
+            GlanceError: Names the setting, what it may be, and what came.
+        """
+        if self.steps < 1 or self.batch_size < 2:
+            raise GlanceError(
+                "distill: expected at least 1 step and a batch size of at least 2, got "
+                f"{self.steps} and {self.batch_size}"
+            )
+        if not 0 < self.learning_rate < math.inf:
+            raise GlanceError(f"learning rate: expected a number above 0, got {self.learning_rate}")
 
 
 @dataclass
@@ -119,21 +136,20 @@ def load_local_net(path: str | os.PathLike[str]) -> DistilledNet:
     """
     tensors, metadata = load_checkpoint(path, LOCAL_NET_KIND)
     tensors = {name: tensor.float() for name, tensor in tensors.items()}
-    local_net = LocalNet(int(metadata["kernel_size"]), int(metadata["features"]))
+    try:
+        local_net = LocalNet(int(metadata["kernel_size"]), int(metadata["features"]))
+        decoder = Decoder(local_net.features, tensors["decoder.linear.bias"].numel())
+        teacher = dict(metadata["teacher"])
+        mean, std = tensors["teacher_mean"], tensors["teacher_std"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the Local-Net's metadata is incomplete: {error}") from error
     load_module(local_net, tensors, "local_net", path)
-    decoder = Decoder(local_net.features, tensors["decoder.linear.bias"].numel())
     load_module(decoder, tensors, "decoder", path)
-    return DistilledNet(
-        local_net.eval(),
-        decoder.eval(),
-        metadata["teacher"],
-        tensors["teacher_mean"],
-        tensors["teacher_std"],
-    )
+    return DistilledNet(local_net.eval(), decoder.eval(), teacher, mean, std)
 
 
 def packaged_local_net() -> Path:
-    """The pretrained Local-Net that ships with the package (docs/method.md says how it was made)."""
+    """The pretrained Local-Net in the package; docs/method.md says how it was made."""
     return Path(__file__).resolve().parent.parent / "weights" / "local_net.safetensors"
 
 
@@ -162,12 +178,25 @@ def distill(
         on_error: Called for each image that cannot be used.
 
     Raises:
-        GlanceError: No image can be used, or training diverged.
+        GlanceError: No image can be used, there is a file at ``output`` or the state of a run that
+            ``resume`` does not ask for, or training diverged.
         CheckpointError: ``resume`` with other settings or a damaged state.
+        Interrupted: Ctrl-C; the state is saved.
+        OutputError: The output cannot be written.
     """
+    state = output.with_name(output.name + ".training")
+    if output.exists():
+        raise GlanceError(f"{output}: already there; give another --output, or remove it first")
+    if state.exists() and not resume:
+        raise GlanceError(
+            f"{state}: the state of an interrupted run; go on with --resume, or remove it first"
+        )
+    ensure_folder(output.parent)
     images = load_mixed_images(paths, longest_side=1024, on_error=on_error)
     if not images:
-        raise GlanceError(f"distill: expected at least one usable image, got 0 of {len(paths)}")
+        raise NoUsableInputError(
+            f"distill: expected at least one usable image, got 0 of {len(paths)}"
+        )
 
     def sample(count: int, generator: torch.Generator) -> Tensor:
         return sample_scaled_patches(images, count, PATCH_SIZE, generator).to(device)
@@ -198,8 +227,12 @@ def distill(
         taught = (taught.float() - mean) / std
         return distillation_losses(features.float(), decoded.float(), taught, settings)
 
-    state = output.with_name(output.name + ".training")
-    trainer = Trainer(state, description, settings.seed, show_progress=show_progress)
+    trainer = Trainer(
+        state,
+        {**description, "images": fingerprint(images)},
+        settings.seed,
+        show_progress=show_progress,
+    )
     if resume:
         trainer.resume()
     modules = {"local_net": local_net, "decoder": decoder}

@@ -13,7 +13,7 @@ import numpy as np
 from glance_ext.data.datasets import Sample
 from glance_ext.data.images import load_image, load_mask
 from glance_ext.engine.detector import Detector
-from glance_ext.errors import GlanceError, InputError
+from glance_ext.errors import TOO_LARGE, GlanceError, InputError, NoUsableInputError
 from glance_ext.metrics import (
     ImageMetrics,
     PixelMetrics,
@@ -91,11 +91,13 @@ def score_samples(
                     raise InputError(
                         sample.mask_path, "expected a mask that marks a defect, got an empty one"
                     )
+            detection = detector.detect(image)
         except InputError as error:
             on_error(error)
-            continue
-        detection = detector.detect(image)
-        results.append(Scored(sample, detection.score, detection.map, mask))
+        except MemoryError:
+            on_error(InputError(sample.path, TOO_LARGE))
+        else:
+            results.append(Scored(sample, detection.score, detection.map, mask))
     return results
 
 
@@ -103,10 +105,10 @@ def evaluate(results: Sequence[Scored]) -> Evaluation:
     """Exact figures at the ground truth's resolution.
 
     Raises:
-        GlanceError: There is no result at all.
+        NoUsableInputError: There is no result at all.
     """
     if not results:
-        raise GlanceError("evaluate: expected at least one usable test image, got none")
+        raise NoUsableInputError("evaluate: expected at least one usable test image, got none")
     scores = np.array([result.score for result in results], np.float64)
     labels = np.array([result.sample.anomalous for result in results])
     image = _defined(lambda: image_metrics(scores, labels))

@@ -8,10 +8,9 @@ end with the same bits as an uninterrupted run.
 from __future__ import annotations
 
 import math
-import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from glance_ext.engine.checkpoint import load_checkpoint, load_module, prefixed, save_checkpoint
-from glance_ext.errors import CheckpointError, GlanceError
+from glance_ext.errors import CheckpointError, GlanceError, Interrupted, OutputError
 
 CHECKPOINT_KIND = "training"
 _LOG_EVERY = 20
@@ -57,7 +56,6 @@ class Stage:
         step: Computes the losses.
         optimizer: Steps the parameters.
         modules: What a checkpoint must hold to go on, by name.
-        finish: Called once after the last step (not when resuming after it).
     """
 
     name: str
@@ -65,11 +63,6 @@ class Stage:
     step: Step
     optimizer: torch.optim.Optimizer
     modules: dict[str, nn.Module]
-    finish: Callable[[], None] | None = None
-
-
-class Interrupted(GlanceError):
-    """Training was stopped by Ctrl-C or a termination signal after saving where it was."""
 
 
 @dataclass
@@ -83,7 +76,6 @@ class Trainer:
         save_every: Steps between checkpoints; one is also written at Ctrl-C and at a stage's end.
         log_dir: A folder for TensorBoard, used if the package is installed.
         show_progress: Whether to draw progress bars on standard error.
-        device: Where the models are.
     """
 
     checkpoint: Path
@@ -129,10 +121,10 @@ class Trainer:
         start = self._restore(stage)
         if start is None or start >= stage.steps:
             return
-        writer = _tensorboard(self.log_dir)
         last_saved = start
         with (
             self._catch_signals(),
+            _tensorboard(self.log_dir) as writer,
             tqdm(
                 total=stage.steps,
                 initial=start,
@@ -147,24 +139,23 @@ class Trainer:
                 losses = stage.step(step_generator(self.seed, stage.name, step))
                 losses["loss"].backward()
                 stage.optimizer.step()
-                if step % _LOG_EVERY == 0 or step + 1 == stage.steps:
+                done = step + 1
+                if step % _LOG_EVERY == 0 or done == stage.steps:
                     self._log(stage.name, step, losses, bar, writer)
                 bar.update()
-                done = step + 1
                 if self._interrupted:
-                    self._save(stage, done)
-                    raise Interrupted(
-                        f"stopped after step {done} of {stage.steps} of stage '{stage.name}'; the "
-                        f"state is in {self.checkpoint}; go on with --resume"
-                    )
+                    break
                 if done - last_saved >= self.save_every and done < stage.steps:
+                    _finite(stage.name, step, losses)
                     self._save(stage, done)
                     last_saved = done
-        if stage.finish is not None:
-            stage.finish()
-        self._save(stage, stage.steps)
-        if writer is not None:
-            writer.close()
+            _finite(stage.name, step, losses)
+            self._save(stage, done)
+        if self._interrupted:  # also if it came while the last steps were saved
+            raise Interrupted(
+                f"stopped after step {done} of {stage.steps} of stage '{stage.name}'; the state "
+                f"is in {self.checkpoint}; go on with --resume"
+            )
 
     def _restore(self, stage: Stage) -> int | None:
         """The step to go on from; None if the checkpoint is of a later stage."""
@@ -212,13 +203,8 @@ class Trainer:
     def _log(
         self, stage: str, step: int, losses: dict[str, Tensor], bar: tqdm, writer: Any
     ) -> None:
-        values = {name: float(loss.detach()) for name, loss in losses.items()}
+        values = _finite(stage, step, losses)
         for name, value in values.items():
-            if not math.isfinite(value):
-                raise GlanceError(
-                    f"training diverged: {name} is {value} at step {step} of stage '{stage}'; "
-                    "try a smaller learning rate"
-                )
             self.history.setdefault(f"{stage}/{name}", []).append((step, value))
             if writer is not None:
                 writer.add_scalar(f"{stage}/{name}", value, step)
@@ -226,7 +212,7 @@ class Trainer:
 
     @contextmanager
     def _catch_signals(self) -> Iterator[None]:
-        """Turns Ctrl-C and SIGTERM into a stop at the end of the step; a second Ctrl-C stops now."""
+        """Turns Ctrl-C and SIGTERM into a stop after the step; a second Ctrl-C stops at once."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -245,6 +231,18 @@ class Trainer:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _finite(stage: str, step: int, losses: dict[str, Tensor]) -> dict[str, float]:
+    """The losses as numbers; what has diverged is neither logged nor saved."""
+    values = {name: float(loss.detach()) for name, loss in losses.items()}
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise GlanceError(
+                f"training diverged: {name} is {value} at step {step} of stage '{stage}'; "
+                "try a smaller learning rate"
+            )
+    return values
 
 
 def _dump_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -272,12 +270,20 @@ def _load_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
-def _tensorboard(log_dir: Path | None) -> Any:
-    if log_dir is None:
-        return None
+@contextmanager
+def _tensorboard(log_dir: Path | None) -> Iterator[Any]:
+    """A writer for TensorBoard, or None where there is no folder or no such package."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        return None
-    os.makedirs(log_dir, exist_ok=True)
-    return SummaryWriter(str(log_dir))
+        log_dir = None
+    if log_dir is None:
+        yield None
+        return
+    try:
+        log_dir.mkdir(parents=True, exist_ok=True)
+        with SummaryWriter(str(log_dir)) as writer:
+            yield writer
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{log_dir}: cannot write TensorBoard's logs: {reason}") from error

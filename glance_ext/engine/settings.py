@@ -37,8 +37,8 @@ class TrainSettings:
     fine_tune_steps: int = 0
     fine_tune_batch_size: int = 16
     fine_tune_learning_rate: float = 2e-4
-    steps: int = 3000
-    batch_size: int = 64
+    steps: int = 2000
+    batch_size: int = 32
     global_learning_rate: float = 1e-3
     head_learning_rate: float = 1e-3
     lambda_t: float = 0.01
@@ -83,11 +83,12 @@ class TrainSettings:
 
 
 PRESETS: dict[str, TrainSettings] = {
-    "quick": TrainSettings(steps=400, batch_size=32),
+    "quick": TrainSettings(steps=300),
     "default": TrainSettings(),
     "paper": TrainSettings(
         fine_tune_steps=50_000,
         steps=200_000,
+        batch_size=64,
         global_learning_rate=1e-4,
         head_learning_rate=1e-5,
         lambda_s=0.8,

@@ -13,7 +13,12 @@ from tqdm import tqdm
 
 from glance_ext.data.datasets import split_held_out
 from glance_ext.data.images import load_image, resize
-from glance_ext.data.patches import crop_patches, load_training_images, sample_positions
+from glance_ext.data.patches import (
+    crop_patches,
+    fingerprint,
+    load_training_images,
+    sample_positions,
+)
 from glance_ext.data.stains import stain
 from glance_ext.engine.detector import MODEL_FILE, Detector, calibrate
 from glance_ext.engine.distill import (
@@ -25,7 +30,8 @@ from glance_ext.engine.distill import (
 )
 from glance_ext.engine.loop import History, Stage, Trainer
 from glance_ext.engine.settings import TrainSettings
-from glance_ext.errors import GlanceError, InputError
+from glance_ext.errors import GlanceError, InputError, NoUsableInputError
+from glance_ext.files import ensure_folder
 from glance_ext.models.glance import IMAGE_SIZE, PATCH_SIZE, Glance
 from glance_ext.models.global_net import hole_masks
 from glance_ext.models.heads import distortion_loss, inconsistency
@@ -81,7 +87,8 @@ def train(
         on_error: Called for each image that cannot be used.
 
     Raises:
-        GlanceError: No image can be used, the output already holds a model, or training diverged.
+        NoUsableInputError: No image can be used.
+        GlanceError: ``paths`` is empty, the output already holds a model, or training diverged.
         CheckpointError: ``local_net`` or the interrupted run's state cannot be used.
         TeacherError: Fine-tuning needs a teacher that cannot be had.
         Interrupted: Ctrl-C; the state is saved.
@@ -100,19 +107,17 @@ def train(
             f"{output}: holds the state of an interrupted run ({STATE_FILE}); go on with --resume, "
             "or remove it first"
         )
+    if not paths:
+        raise GlanceError("train: expected at least one normal image, got none")
+    ensure_folder(output)
     failed: list[InputError] = []
 
     def note(error: InputError) -> None:
         failed.append(error)
         on_error(error)
 
-    share = min(settings.held_out_share, settings.held_out_most / max(1, len(paths)))
-    train_paths, held_out_paths = split_held_out(paths, share, settings.seed)
-    images = load_training_images(train_paths, IMAGE_SIZE, on_error=note)
-    if not len(images):
-        raise GlanceError(
-            f"train: expected at least one usable normal image, got 0 of {len(paths)}"
-        )
+    images, held_out = _load_images(paths, settings, note)
+    optimistic = not held_out
     distilled = load_local_net(local_net or packaged_local_net())
     torch.manual_seed(settings.seed)
     model = Glance(distilled.local_net).to(device)
@@ -121,7 +126,7 @@ def train(
         state_file,
         {
             **settings.to_json(),
-            "images": len(images),
+            "images": fingerprint(images),
             "local_net": str(local_net or "packaged"),
             "device": device.type,
         },
@@ -137,9 +142,12 @@ def train(
     trainer.run(joint_stage(model, images, settings, device))
     trainer.restore_modules({"model": model})
 
-    held_out, optimistic = _load_held_out(held_out_paths, train_paths, images, note)
     bar = tqdm(
-        held_out, desc="calibrate", unit="image", disable=not show_progress, dynamic_ncols=True
+        held_out or [image.float() for image in images[:1]],
+        desc="calibrate",
+        unit="image",
+        disable=not show_progress,
+        dynamic_ncols=True,
     )
     calibration = calibrate(
         model,
@@ -164,24 +172,26 @@ def train(
     )
 
 
-def _load_held_out(
-    held_out_paths: Sequence[Path],
-    train_paths: Sequence[Path],
-    images: Tensor,
-    on_error: Callable[[InputError], None],
-) -> tuple[list[Tensor], bool]:
-    """Images for calibration, and whether they had to be taken from the training images."""
+def _load_images(
+    paths: Sequence[Path], settings: TrainSettings, on_error: Callable[[InputError], None]
+) -> tuple[Tensor, list[Tensor]]:
+    """Images to train on, at least one, and images kept from training, if any can be spared."""
+    share = min(settings.held_out_share, settings.held_out_most / max(1, len(paths)))
+    train_paths, held_out_paths = split_held_out(paths, share, settings.seed)
+    images = load_training_images(train_paths, IMAGE_SIZE, on_error=on_error)
     held_out = []
-    for path in held_out_paths:
-        if path in train_paths:
-            continue
+    for path in held_out_paths if train_paths != held_out_paths else []:
         try:
             held_out.append(resize(load_image(path), IMAGE_SIZE))
         except InputError as error:
             on_error(error)
-    if held_out:
-        return held_out, False
-    return [image.float() for image in images[:1]], True
+    if not len(images) and held_out:
+        return torch.stack(held_out).to(images.dtype), []
+    if not len(images):
+        raise NoUsableInputError(
+            f"train: expected at least one usable normal image, got 0 of {len(paths)}"
+        )
+    return images, held_out
 
 
 def _fine_tune(

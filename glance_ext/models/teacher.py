@@ -153,21 +153,29 @@ def load_teacher(
     """
     if importlib.util.find_spec("timm") is None:
         raise TeacherError(f"A teacher needs the package timm, which is not installed. {_WAYS}")
-    import timm
+    try:
+        import timm
+    except Exception as error:  # installed, but for another torch or torchvision
+        raise TeacherError(f"The package timm cannot be imported ({error}). {_WAYS}") from error
 
     if name is None:
         name = PAPER_TEACHER
         cached = weights is not None or _cached_resnet18() is not None
         if not cached and _offline_weights() is not None:
             name = OFFLINE_TEACHER
+    unknown = f"--teacher: expected a model name that timm knows, got {name!r}"
     if not timm.is_model(name):
-        raise TeacherError(f"--teacher: expected a model name that timm knows, got {name!r}")
+        raise TeacherError(unknown)
+    try:
+        network = timm.create_model(name, pretrained=False, num_classes=0).eval()
+    except Exception as error:  # the tag behind the name's dot
+        raise TeacherError(f"{unknown}: {error}") from error
+    config: Any = network.default_cfg
+    truncated = _truncate(network, name, layer)
+    _try_forward(truncated, name, layer, input_size)
     state = _find_state(name) if weights is None else _read_state(Path(weights))
     if state is None:
         state = _download_state(name)
-    network = timm.create_model(name, pretrained=False, num_classes=0).eval()
-    config: Any = network.default_cfg
-    truncated = _truncate(network, name, layer)
     needed = truncated.needed(input_size) if isinstance(truncated, Truncated) else None
     _load_state(network, state, name, needed)
     return Teacher(
@@ -191,6 +199,24 @@ def _truncate(network: nn.Module, name: str, layer: str) -> nn.Module:
             f"got {layer!r}"
         )
     return Truncated(network, layer)
+
+
+@torch.no_grad()
+def _try_forward(network: nn.Module, name: str, layer: str, input_size: int) -> None:
+    """Finds a size that the network does not take, and a layer that gives no feature."""
+    try:
+        feature = network(torch.zeros(1, 3, input_size, input_size))
+    except Exception as error:  # timm's networks say it in many ways
+        raise TeacherError(
+            f"The teacher {name} gives no feature at layer {layer!r} for patches of {input_size} "
+            f"pixels (--teacher-input-size): {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(feature, Tensor) or feature.dim() not in (2, 4):
+        shape = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
+        raise TeacherError(
+            f"--teacher-layer: expected a layer of {name} that gives (B, t) or (B, t, h, w), but "
+            f"{layer!r} gives {shape}"
+        )
 
 
 def _cached_resnet18() -> Path | None:
@@ -272,7 +298,9 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise TeacherError(f"--teacher-weights: expected {path} to hold a state_dict of tensors")
     return dict(state)
 

@@ -49,8 +49,12 @@ class PartialConv2d(nn.Conv2d):
             :func:`glance_ext.ops.partial_conv2d`.
 
         Raises:
-            ValueError: The mask's channels do not suit ``multi_channel``.
+            ValueError: The mask's channels do not suit ``multi_channel``, or it has a gradient.
         """
+        if mask_in is not None and mask_in.requires_grad:
+            raise ValueError(
+                "PartialConv2d: expected a mask_in that requires no gradient, got one that does"
+            )
         if mask_in is None:
             channels = self.in_channels if self.multi_channel else 1
             mask_in = torch.ones(
@@ -86,6 +90,8 @@ class PartialConv2d(nn.Conv2d):
             self.dilation,
             self.groups,
         )
+        if self.multi_channel:  # one input channel gave a mask of one
+            mask_out = mask_out.expand(-1, self.out_channels, -1, -1)
         return (output, mask_out) if self.return_mask else output
 
     def _pad(self, image: Tensor) -> Tensor:
@@ -93,8 +99,9 @@ class PartialConv2d(nn.Conv2d):
 
     def _pad_mask(self, mask: Tensor) -> Tensor:
         """A reflected, replicated or wrapped pixel is as valid as the one that it copies."""
-        shape = (mask.shape[0] if mask.dim() > 2 else 1, -1, *mask.shape[-2:])
-        return self._pad(mask.reshape(shape).ne(0).float()).ne(0).to(mask.dtype)
+        if mask.dim() < 4:
+            mask = mask[None, None] if mask.dim() == 2 else mask[:, None]
+        return self._pad(mask.ne(0).float()).ne(0).to(mask.dtype)
 
     def extra_repr(self) -> str:
         """Conv2d's line and this layer's own settings."""

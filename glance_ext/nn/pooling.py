@@ -47,7 +47,7 @@ def masked_max_pool2d(
         mask = mask.reshape(mask.shape[0] if mask.dim() == 3 else 1, 1, *mask.shape[-2:])
     valid = mask.ne(0).to(input.dtype)
     valid = F.max_pool2d(valid, kernel_size, stride, padding, dilation, ceil_mode)  # type: ignore[arg-type]
-    return pooled, valid.ne(0).to(mask.dtype)
+    return pooled, valid.gt(0).to(mask.dtype)  # -inf where a dilated window meets no pixel at all
 
 
 class MaskedMaxPool2d(nn.Module):

@@ -24,7 +24,7 @@ def pair(op: str, name: str, value: int | Sequence[int]) -> list[int]:
         TypeError: It is neither.
     """
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
-        return [value, value]  # type: ignore[list-item]
+        return [value, value]
     is_pair = isinstance(value, Sequence) and not isinstance(value, str) and len(value) == 2
     if not is_pair or not all(isinstance(v, (int, torch.SymInt)) for v in value):  # type: ignore[union-attr]
         raise TypeError(f"{op}: expected {name} to be one or two ints, got {value!r}")
@@ -41,6 +41,10 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
     if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def _require_pair(op: str, name: str, value: Sequence[int]) -> None:
+    require(len(value) == 2, op, f"{name} to be (height, width), got {list(value)}")
 
 
 def check_partial_conv2d(
@@ -62,6 +66,8 @@ def check_partial_conv2d(
         TypeError,
     )
     require(input.dim() == 4, op, f"input of shape (N, C, H, W), got {list(input.shape)}")
+    h, w = input.shape[2:]
+    require(h > 0 and w > 0, op, f"input to have at least one pixel, got {h}x{w}")
     require(
         weight.dim() == 4, op, f"weight of shape (K, C / groups, kh, kw), got {list(weight.shape)}"
     )
@@ -78,7 +84,7 @@ def check_partial_conv2d(
                 op,
                 f"{name} on the input's device {input.device}, got {tensor.device}",
             )
-    n, c, h, w = input.shape
+    n, c = input.shape[:2]
     k = weight.shape[0]
     require(
         groups > 0 and c % groups == 0 and k % groups == 0,
@@ -122,6 +128,8 @@ def check_partial_conv2d(
     mask_channels = mask.shape[1] if mask.dim() > 3 else 1
     require(mask_batch in (1, n), op, f"mask to have a batch of 1 or {n}, got {mask_batch}")
     require(mask_channels in (1, c), op, f"mask to have 1 or {c} channels, got {mask_channels}")
+    for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation)):
+        _require_pair(op, name, value)
     out = []
     for axis, side in enumerate(("height", "width")):
         require(stride[axis] > 0, op, f"stride to be positive, got {stride[axis]}")
@@ -169,6 +177,8 @@ def check_aggregate(
             op,
             f"power to be positive and finite, got {parameter:g}",
         )
+    for name, size in (("patch_size", patch_size), ("image_size", image_size), ("stride", stride)):
+        _require_pair(op, name, size)
     for name, size in (("patch_size", patch_size), ("image_size", image_size)):
         require(
             size[0] > 0 and size[1] > 0, op, f"{name} to be positive, got ({size[0]}, {size[1]})"
@@ -184,6 +194,8 @@ def check_aggregate(
             op,
             f"stride to be positive, got ({stride[0]}, {stride[1]})",
         )
+        patches = scores.shape[1] * scores.shape[2]
+        require(mode != "idw" or patches > 0, op, "at least one patch, got 0")
         return
     require(scores.dim() == 2, op, f"scores of shape (N, P) with origins, got {list(scores.shape)}")
     require(
@@ -197,3 +209,4 @@ def check_aggregate(
         op,
         f"origins of shape ({scores.shape[1]}, 2), got {list(origins.shape)}",
     )
+    require(mode != "idw" or scores.shape[1] > 0, op, "at least one patch, got 0")

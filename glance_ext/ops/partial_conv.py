@@ -11,6 +11,7 @@ from torch import Tensor
 from glance_ext import _library
 from glance_ext.ops import reference
 from glance_ext.ops._checks import check_partial_conv2d, memory_format, pair
+from glance_ext.ops._once import forbid_second_backward
 from glance_ext.ops._vmap import loop_over
 
 
@@ -74,8 +75,29 @@ def partial_conv2d(
     if _library.is_loaded():
         return torch.ops.glance_ext.partial_conv2d(*arguments)
     _library.warn_reference(op)
-    with torch.autocast(input.device.type, enabled=False):
-        return reference.partial_conv2d(*arguments)
+    return _reference(*arguments)
+
+
+def _reference(
+    input: Tensor, mask: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any
+) -> tuple[Tensor, Tensor]:
+    """The reference under autocast's rule: features in the low precision, the mask in its own."""
+    device = input.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return reference.partial_conv2d(input, mask, weight, bias, *geometry)
+
+    def lower(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point() or tensor.dtype == torch.float64:
+            return tensor
+        return tensor.to(torch.get_autocast_dtype(device))
+
+    valid = mask.ne(0) if mask.is_floating_point() else mask
+    low_bias = None if bias is None else lower(bias)
+    with torch.autocast(device, enabled=False):
+        output, mask_out = reference.partial_conv2d(
+            lower(input), valid, lower(weight), low_bias, *geometry
+        )
+    return output, mask_out.to(mask.dtype)
 
 
 def _fake(
@@ -167,5 +189,6 @@ if _library.is_loaded():
     torch.library.register_autograd(
         "glance_ext::partial_conv2d", _backward, setup_context=_setup_context
     )
+    forbid_second_backward("partial_conv2d")
     torch.library.register_vmap("glance_ext::partial_conv2d", _vmap)
     torch.library.register_vmap("glance_ext::partial_conv2d_backward", _vmap_backward)

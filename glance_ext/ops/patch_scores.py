@@ -11,6 +11,7 @@ from torch import Tensor
 from glance_ext import _library
 from glance_ext.ops import reference
 from glance_ext.ops._checks import check_aggregate, pair
+from glance_ext.ops._once import forbid_second_backward
 from glance_ext.ops._vmap import loop_over
 
 
@@ -40,8 +41,8 @@ def aggregate_patch_scores(
         origins: ``(P, 2)`` int64 or int32, row and column of each patch's first pixel. Best kept on
             the CPU, where they are checked: on a CUDA device that costs a copy back.
         mode: ``"mean"`` of the patches over the pixel; ``"gaussian"``, their mean weighted by a
-            bell around each patch's centre; ``"max"``; ``"idw"``, the mean of all patches weighted by
-            the inverse distance to their centres (the map of Wang et al., CVPR 2021, as its one
+            bell around each patch's centre; ``"max"``; ``"idw"``, the mean of all patches weighted
+            by the inverse distance to their centres (the map of Wang et al., CVPR 2021, as its one
             public re-implementation has it).
         sigma: Of ``"gaussian"``, as a share of the patch's height and width; at least 0.1.
         power: Of the distance in ``"idw"``, positive.
@@ -131,5 +132,6 @@ if _library.is_loaded():
     torch.library.register_autograd(
         "glance_ext::aggregate_patch_scores", _backward, setup_context=_setup_context
     )
+    forbid_second_backward("aggregate_patch_scores")
     torch.library.register_vmap("glance_ext::aggregate_patch_scores", _vmap)
     torch.library.register_vmap("glance_ext::aggregate_patch_scores_backward", _vmap_backward)

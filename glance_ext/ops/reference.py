@@ -56,8 +56,9 @@ def partial_conv2d(
     mask_out = count > 0
     if valid.shape[1] != 1:
         mask_out = mask_out.repeat_interleave(k // groups, 1)
+    layout = memory_format(input)
     return (
-        output.reshape(n, k, out_h, out_w).to(input.dtype, memory_format=memory_format(input)),
+        output.reshape(n, k, out_h, out_w).to(input.dtype).contiguous(memory_format=layout),
         mask_out.reshape(*mask_out.shape[:2], out_h, out_w).to(mask.dtype),
     )
 
@@ -83,8 +84,7 @@ def aggregate_patch_scores(
     origins = origins.to(device, torch.int64)
     _check_inside(origins, patch_size, image_size)
     flat = scores.to(wide)
-    patches = max(1, flat.shape[1])
-    chunk = max(1, _CHUNK_ELEMENTS // (patches * image_size[1]))
+    chunk = max(1, _CHUNK_ELEMENTS // (max(1, flat.numel()) * image_size[1]))
     parts = [
         _aggregate_rows(
             flat,
@@ -113,15 +113,14 @@ def _aggregate_rows(
     y = rows[:, None] - origins[:, 0]  # (h, P): the pixel's place in the patch
     x = columns[:, None] - origins[:, 1]  # (W, P)
     if mode == "idw":
-        require(origins.shape[0] > 0, "aggregate_patch_scores", "at least one patch, got 0")
         dy = y.to(scores.dtype) - (patch_size[0] - 1) / 2
         dx = x.to(scores.dtype) - (patch_size[1] - 1) / 2
         squared = dy[:, None].square() + dx.square()  # (h, W, P)
         nearest = squared.amin(-1, keepdim=True)
         # (d_min / d)^power; at a pixel on centres, one there and zero elsewhere
         weight = torch.where(squared == nearest, 1, (nearest / squared) ** (parameter / 2))
-        weight = weight / weight.sum(-1, keepdim=True)
-        return torch.einsum("hwp,np->nhw", weight, scores)
+        has_part = (nearest > 0) | (squared == 0)
+        return _weighted_mean(weight, has_part, scores)
     inside = ((y >= 0) & (y < patch_size[0]))[:, None] & ((x >= 0) & (x < patch_size[1]))
     covered = inside.any(-1)
     if not bool(covered.all()):
@@ -141,15 +140,20 @@ def _aggregate_rows(
         dx = (x.to(scores.dtype) - (patch_size[1] - 1) / 2) / (parameter * patch_size[1])
         bell = torch.exp(-0.5 * (dy[:, None].square() + dx.square()))
         weight = torch.where(inside, bell, 0).to(scores.dtype)
+    return _weighted_mean(weight, inside, scores)
+
+
+def _weighted_mean(weight: Tensor, has_part: Tensor, scores: Tensor) -> Tensor:
+    """``(N, h, W)`` of scores ``(N, P)`` by weights ``(h, W, P)``, of those with a part."""
     weight = weight / weight.sum(-1, keepdim=True)
     # A weight of zero must not touch its score, which may be NaN.
-    return torch.where(inside, weight * scores[:, None, None], 0).sum(-1)
+    return torch.where(has_part, weight * scores[:, None, None], 0).sum(-1)
 
 
 def _check_inside(origins: Tensor, patch_size: Sequence[int], image_size: Sequence[int]) -> None:
-    last = origins + torch.tensor(list(patch_size), device=origins.device)
-    limit = torch.tensor(list(image_size), device=origins.device)
-    bad = ((origins < 0) | (last > limit)).any(1).nonzero()
+    # A difference of sizes, since origins + patch_size may overflow.
+    last = torch.tensor(list(image_size)) - torch.tensor(list(patch_size))
+    bad = ((origins < 0) | (origins > last.to(origins.device))).any(1).nonzero()
     if bad.numel():
         index = int(bad[0])
         require(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,18 +18,18 @@ from glance_ext.report.sheet import Tile, contact_sheet
 def colour_range(detector: Detector) -> tuple[float, float]:
     """The scores at which a model's heatmaps begin to colour, and at which they are saturated.
 
-    Half-way from the median of held-out normal maps to the threshold, and as far beyond it again;
-    the same for every image of a model, so that its heatmaps can be compared.
+    A quarter of the way from the median of held-out normal maps to the threshold, and half the way
+    beyond it; the same for every image of a model, so that its heatmaps can be compared.
     """
     low = detector.calibration.pixel_range[0]
     reach = detector.threshold - low
     if reach <= 0:
         return low, low + max(1e-12, abs(low))
-    return low + 0.5 * reach, low + 2.0 * reach
+    return low + 0.25 * reach, min(low + 1.5 * reach, sys.float_info.max)
 
 
-def write_curves(path: Path, evaluation: Evaluation, title: str) -> None:
-    """Draws ROC and PRO curves; a metric that is not defined is left out."""
+def write_curves(path: Path, evaluation: Evaluation, title: str) -> bool:
+    """Draws ROC and PRO curves, if any is defined; returns whether there is a picture."""
     roc, pro = [], []
     if evaluation.image_roc is not None:
         label = f"image, AUROC {evaluation.metrics['image_AUROC']:.3f}"
@@ -39,7 +40,10 @@ def write_curves(path: Path, evaluation: Evaluation, title: str) -> None:
         roc.append((label, *thin(pixel.roc.fpr, pixel.roc.tpr)))
         label = f"AUPRO {pixel.pixel_AUPRO:.3f}"
         pro.append((label, *thin(pixel.pro.fpr, pixel.pro.pro)))
+    if not roc and not pro:
+        return False
     plot_roc_pro(path, roc, pro, limit=PRO_LIMIT, title=title)
+    return True
 
 
 def write_cases(path: Path, detector: Detector, results: Sequence[Scored], most: int = 6) -> None:
@@ -48,8 +52,9 @@ def write_cases(path: Path, detector: Detector, results: Sequence[Scored], most:
 
 
 def _tiles(detector: Detector, results: Sequence[Scored], most: int) -> Iterator[Tile]:
-    partly = [r for r in results if r.sample.anomalous and not r.mask.all()]
-    located = sorted(partly, key=lambda r: auroc(r.map, r.mask))
+    anomalous = [r for r in results if r.sample.anomalous]
+    # a defect that fills its image cannot be missed: it counts as well located
+    located = sorted(anomalous, key=lambda r: 1.0 if r.mask.all() else auroc(r.map, r.mask))
     good = sorted((r for r in results if not r.sample.anomalous), key=lambda r: -r.score)
     worst = located[: min(most, (len(located) + 1) // 2)]
     best = located[::-1][: min(most, len(located) - len(worst))]

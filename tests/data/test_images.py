@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageFile
 
-from glance_ext.data import images
+from glance_ext.data import decode
 from glance_ext.data.images import (
     MAX_PIXELS,
     expand_inputs,
@@ -630,7 +630,7 @@ def test_a_damaged_file_gives_an_image_or_an_input_error(
 
 @settings(max_examples=100, deadline=None)
 @given(
-    head=st.sampled_from([b"", *(magic for magic, _ in images._KINDS)]), tail=st.binary(max_size=99)
+    head=st.sampled_from([b"", *(magic for magic, _ in decode._KINDS)]), tail=st.binary(max_size=99)
 )
 def test_random_bytes_give_an_input_error(head: bytes, tail: bytes) -> None:
     image_or_refusal(head + tail)

@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command: builds the CUDA kernels in place, runs all tests, the
+# memory and race checkers, and the benchmarks. Installs nothing and needs no network.
+#
+#   PYTHON                python that has torch and this package's dependencies (default python3)
+#   OUT                   where the benchmarks' JSON goes (default benchmarks/results)
+#   TORCH_CUDA_ARCH_LIST  architectures to build for (default: this machine's GPU)
+#   PYTEST_ARGS           more arguments of the test run, such as: -m "not slow"
+#
+# Goes on after a failed step. Exits 1 if any failed; the summary at the end says which.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-benchmarks/results}
+mkdir -p "$OUT" || exit 1
+export PYTHONUNBUFFERED=1
+
+summary=()
+failed=0
+
+# step NAME COMMAND...: runs it and keeps the outcome for the summary.
+step() {
+  local name=$1 start=$SECONDS outcome=ok
+  shift
+  printf '\n=== %s\n' "$name"
+  "$@" || outcome="FAILED (exit $?)"
+  [[ $outcome == ok ]] || failed=1
+  summary+=("$(printf '%-28s %-18s %4d s' "$name" "$outcome" "$((SECONDS - start))")")
+}
+
+find_device() {
+  "$PYTHON" - <<'EOF'
+import torch
+
+if not torch.cuda.is_available():
+    raise SystemExit(f"torch {torch.__version__} finds no CUDA device")
+print(torch.cuda.get_device_name(), "torch", torch.__version__, "CUDA", torch.version.cuda)
+EOF
+}
+
+build() {
+  if [[ -z ${TORCH_CUDA_ARCH_LIST:-} ]]; then
+    TORCH_CUDA_ARCH_LIST=$(
+      "$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())'
+    ) || return
+    export TORCH_CUDA_ARCH_LIST
+  fi
+  GLANCE_EXT_CUDA=1 "$PYTHON" setup.py build_ext --inplace
+}
+
+run_tests() {
+  local more=()
+  [[ -z ${PYTEST_ARGS:-} ]] || eval "more=($PYTEST_ARGS)"
+  "$PYTHON" -m pytest --continue-on-collection-errors "${more[@]}"
+}
+
+# sanitize TOOL COMMAND...: memory comes from the driver piece by piece, so that every overrun shows.
+sanitize() {
+  local tool=$1 program
+  shift
+  program=$(command -v compute-sanitizer || command -v "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer") || {
+    echo "compute-sanitizer is not on PATH nor in ${CUDA_HOME:-/usr/local/cuda}/bin"
+    return 127
+  }
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$program" --tool "$tool" --error-exitcode 9 "$@"
+}
+
+# The backward of the aggregation is the op whose blocks share memory.
+race() {
+  sanitize racecheck "$PYTHON" -c '
+import torch
+from glance_ext.data.grid import patch_grid
+from glance_ext.ops import aggregate_patch_scores
+
+origins = patch_grid("paper", 9, 44).origins
+for mode in ("mean", "gaussian", "max", "idw"):
+    scores = torch.rand(2, len(origins), device="cuda", requires_grad=True)
+    aggregate_patch_scores(scores, 9, 44, origins=origins, mode=mode).sum().backward()
+    torch.cuda.synchronize()
+    print(mode, float(scores.grad.sum()))
+'
+}
+
+# bench SUITE DTYPE: measures, prints the table, writes the JSON and checks its form.
+bench() {
+  local suite=$1 dtype=$2 machine file
+  machine=$(
+    "$PYTHON" -c 'import torch; from glance_ext.bench.machine import machine_name
+print(machine_name(torch.device("cuda")))'
+  ) || return
+  file="$OUT/$suite--$machine--$dtype.json"
+  "$PYTHON" -m glance_ext bench "$suite" --device cuda --dtype "$dtype" --json "$file" || return
+  "$PYTHON" -c 'import json, pathlib, sys; from glance_ext.bench import validate_results
+path = pathlib.Path(sys.argv[1])
+validate_results(json.loads(path.read_text(encoding="utf-8")), path.name)' "$file"
+}
+
+step "device" find_device
+step "build" build
+step "tests" run_tests
+step "memcheck: op tests" sanitize memcheck "$PYTHON" -m pytest tests/ops -m cuda
+step "racecheck: aggregation" race
+for dtype in float32 bfloat16; do
+  step "bench: ops $dtype" bench ops "$dtype"
+done
+
+printf '\n=== summary\n'
+printf '%s\n' "${summary[@]}"
+exit "$failed"

@@ -1,0 +1,276 @@
+"""Cases of ``partial_conv2d``: Global-Net's layers and shapes as inpainting networks have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glance_ext.bench.cases import Case, Outputs, Variant
+from glance_ext.bench.limits import Work
+from glance_ext.ops import partial_conv2d, reference
+
+_CHUNK = 8  # images at a time through the float64 reference, which writes out every window
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer on one input; the mask has a square hole of side ``hole`` in every image."""
+
+    batch: int
+    channels: int
+    side: int
+    out_channels: int
+    kernel: int
+    stride: int = 1
+    padding: int = 0
+    hole: int = 0
+    channels_last: bool = False
+    input_grad: bool = True  # False for a first layer, whose input is the image
+
+    @property
+    def name(self) -> str:
+        """As in the results' case names."""
+        layout = "_nhwc" if self.channels_last else ""
+        return (
+            f"{self.channels}-{self.out_channels}_k{self.kernel}s{self.stride}p{self.padding}_"
+            f"{self.side}x{self.side}_n{self.batch}{layout}"
+        )
+
+
+# Holes as a masked 33x33 patch leaves them: 6 pixels in front of the second layer, then none.
+SHAPES = (
+    Shape(64, 3, 256, 16, 7, stride=2, hole=33, input_grad=False),
+    Shape(64, 16, 62, 32, 3, stride=2, hole=6),
+    Shape(64, 16, 62, 32, 3, stride=2, hole=6, channels_last=True),
+    Shape(64, 64, 13, 64, 3),
+    Shape(64, 128, 5, 128, 3),
+    Shape(4, 64, 64, 128, 3, padding=1, hole=32),
+    Shape(4, 64, 64, 128, 3, padding=1, hole=32, channels_last=True),
+)
+QUICK_SHAPES = (
+    Shape(2, 3, 24, 4, 7, stride=2, hole=11, input_grad=False),
+    Shape(2, 4, 9, 6, 3, padding=1, hole=4, channels_last=True),
+)
+
+
+def cases(dtype: torch.dtype, device: torch.device, seed: int, quick: bool) -> Iterator[Case]:
+    """Forward, and forward + backward, of every shape."""
+    for index, shape in enumerate(QUICK_SHAPES if quick else SHAPES):
+        generator = torch.Generator().manual_seed(seed + index)
+        inputs = _Inputs(shape, dtype, device, generator)
+        yield inputs.case(backward=False)
+        yield inputs.case(backward=True)
+
+
+def nvidia_layer(
+    input: Tensor,
+    mask: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    ones: Tensor,
+    stride: int,
+    padding: int,
+) -> tuple[Tensor, Tensor]:
+    """What NVIDIA's ``PartialConv2d`` computes for a new mask, in plain PyTorch of our own.
+
+    Its layer divides by ``count + 1e-8``, which is zero in float16; ``clamp_min(1)`` costs the same
+    and is right in every dtype. Its cache of the last mask's ratio is left out: it is wrong as soon
+    as the mask changes.
+
+    Args:
+        input: ``(N, C, H, W)``.
+        mask: ``(N, 1, H, W)`` of the input's dtype.
+        weight: ``(K, C, kh, kw)``.
+        bias: ``(K,)``.
+        ones: ``(1, 1, kh, kw)`` of ones, a buffer of the layer.
+        stride: In pixels.
+        padding: In pixels.
+
+    Returns:
+        Output ``(N, K, Ho, Wo)`` and the next mask ``(N, 1, Ho, Wo)``.
+    """
+    with torch.no_grad():
+        count = F.conv2d(mask, ones, stride=stride, padding=padding)
+        valid = count.clamp(0, 1)
+        ratio = ones.numel() / count.clamp_min(1) * valid
+    raw = F.conv2d(input * mask, weight, bias, stride, padding)
+    shift = bias.view(1, -1, 1, 1)
+    return ((raw - shift) * ratio + shift) * valid, valid
+
+
+class _Inputs:
+    """One shape's tensors, its variants, and what they should give."""
+
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator
+    ) -> None:
+        s = self.shape = shape
+        layout = torch.channels_last if s.channels_last else torch.contiguous_format
+
+        def draw(*size: int, scale: float = 1.0) -> Tensor:
+            values = (torch.randn(size, generator=generator) * scale).to(device, dtype)
+            return values.to(memory_format=layout) if len(size) == 4 else values
+
+        out_side = (s.side + 2 * s.padding - s.kernel) // s.stride + 1
+        taps = s.channels * s.kernel**2
+        self.input = draw(s.batch, s.channels, s.side, s.side).requires_grad_(s.input_grad)
+        weight = draw(s.out_channels, s.channels, s.kernel, s.kernel, scale=taps**-0.5)
+        self.weight = weight.requires_grad_()
+        self.bias = draw(s.out_channels).requires_grad_()
+        self.grad_output = draw(s.batch, s.out_channels, out_side, out_side)
+        self.mask = _holes(s, generator).to(device)
+        self.float_mask = self.mask.to(dtype)
+        self.ones = torch.ones(1, 1, s.kernel, s.kernel, device=device, dtype=dtype)
+
+    def case(self, *, backward: bool) -> Case:
+        direction = "forward_backward" if backward else "forward"
+        layers: dict[str, Callable[[], tuple[Tensor, Tensor | None]]] = {
+            "reference": self._reference,
+            "ours": self._ours,
+            "conv2d": self._conv2d,
+            "nvidia": self._nvidia,
+        }
+        variants = {
+            name: Variant(
+                partial(self._run, layer, backward),
+                partial(self._expected, name == "conv2d", backward),
+            )
+            for name, layer in layers.items()
+        }
+        return Case(
+            f"partial_conv2d/{direction}/{self.shape.name}",
+            {
+                "input": list(self.input.shape),
+                "weight": list(self.weight.shape),
+                "mask": list(self.mask.shape),
+                "stride": self.shape.stride,
+                "padding": self.shape.padding,
+                "hole": self.shape.hole,
+                "layout": "channels_last" if self.shape.channels_last else "contiguous",
+                "gradients": [name for name, _ in self._leaves()] if backward else [],
+            },
+            self._work(backward),
+            variants,
+            terms=self.grad_output[:, 0].numel() if backward else self.weight[0].numel(),
+            yardstick="conv2d",
+        )
+
+    def _leaves(self) -> list[tuple[str, Tensor]]:
+        named = [("input", self.input), ("weight", self.weight), ("bias", self.bias)]
+        return [(name, tensor) for name, tensor in named if tensor.requires_grad]
+
+    def _run(self, layer: Callable[[], tuple[Tensor, Tensor | None]], backward: bool) -> Outputs:
+        if not backward:
+            with torch.no_grad():
+                output, mask_out = layer()
+            return {"output": output} | ({} if mask_out is None else {"mask_out": mask_out})
+        output, _ = layer()
+        leaves = self._leaves()
+        grads = torch.autograd.grad(output, [leaf for _, leaf in leaves], self.grad_output)
+        return {"output": output} | {
+            f"grad_{name}": grad for (name, _), grad in zip(leaves, grads, strict=True)
+        }
+
+    def _reference(self) -> tuple[Tensor, Tensor]:
+        stride, padding = [self.shape.stride] * 2, [self.shape.padding] * 2
+        return reference.partial_conv2d(
+            self.input, self.mask, self.weight, self.bias, stride, padding, [1, 1], 1
+        )
+
+    def _ours(self) -> tuple[Tensor, Tensor]:
+        return partial_conv2d(
+            self.input, self.mask, self.weight, self.bias, self.shape.stride, self.shape.padding
+        )
+
+    def _conv2d(self) -> tuple[Tensor, None]:
+        s = self.shape
+        return F.conv2d(self.input, self.weight, self.bias, s.stride, s.padding), None
+
+    def _nvidia(self) -> tuple[Tensor, Tensor]:
+        return nvidia_layer(
+            self.input,
+            self.float_mask,
+            self.weight,
+            self.bias,
+            self.ones,
+            self.shape.stride,
+            self.shape.padding,
+        )
+
+    def _expected(self, plain: bool, backward: bool) -> Outputs:
+        found = self._plain if plain else self._partial
+        if backward:
+            return {name: value for name, value in found.items() if name != "mask_out"}
+        return {name: value for name, value in found.items() if not name.startswith("grad_")}
+
+    @cached_property
+    def _plain(self) -> Outputs:
+        return self._in_float64(plain=True)
+
+    @cached_property
+    def _partial(self) -> Outputs:
+        return self._in_float64(plain=False)
+
+    def _in_float64(self, *, plain: bool) -> Outputs:
+        """The specification's results and gradients, a few images at a time."""
+        s = self.shape
+        weight = self.weight.detach().double().requires_grad_()
+        bias = self.bias.detach().double().requires_grad_()
+        parts: dict[str, list[Tensor]] = {"output": [], "mask_out": [], "grad_input": []}
+        for start in range(0, s.batch, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            image = self.input[part].detach().double().requires_grad_()
+            if plain:
+                output = F.conv2d(image, weight, bias, s.stride, s.padding)
+            else:
+                geometry = [s.stride] * 2, [s.padding] * 2, [1, 1], 1
+                output, mask_out = reference.partial_conv2d(
+                    image, self.mask[part], weight, bias, *geometry
+                )
+                parts["mask_out"].append(mask_out.double())
+            output.backward(self.grad_output[part].double())
+            assert image.grad is not None
+            parts["output"].append(output.detach())
+            parts["grad_input"].append(image.grad)
+        assert weight.grad is not None
+        assert bias.grad is not None
+        expected = {name: torch.cat(values) for name, values in parts.items() if values}
+        expected |= {"grad_weight": weight.grad, "grad_bias": bias.grad}
+        if not s.input_grad:
+            del expected["grad_input"]
+        return expected
+
+    def _work(self, backward: bool) -> Work:
+        """The least work: only valid pixels are read and multiplied."""
+        s = self.shape
+        item = self.input.element_size()
+        ones = torch.ones(1, 1, s.kernel, s.kernel, device=self.mask.device)
+        windows = F.conv2d(self.mask.float(), ones, stride=s.stride, padding=s.padding)
+        product = 2.0 * float(windows.double().sum()) * s.channels * s.out_channels
+        valid = int(self.mask.sum()) * s.channels * item
+        output = self.grad_output.numel() * item
+        parameters = (self.weight.numel() + self.bias.numel()) * item
+        masks = self.mask.numel() * self.mask.element_size()
+        next_mask = windows.numel() * self.mask.element_size()
+        work = Work(product, valid + parameters + output + masks + next_mask)
+        if not backward:
+            return work
+        # grad_weight from input and grad_output; grad_input from weight and grad_output
+        work += Work(product, valid + output + parameters + masks)
+        if s.input_grad:
+            work += Work(product, self.weight.numel() * item + self.input.numel() * item)
+        return work
+
+
+def _holes(shape: Shape, generator: torch.Generator) -> Tensor:
+    """``(N, 1, H, W)`` bool, 0 on a square hole somewhere in each image."""
+    last = shape.side - shape.hole
+    origins = torch.randint(0, last + 1, (shape.batch, 2), generator=generator)
+    pixels = torch.arange(shape.side)
+    inside = (pixels >= origins[..., None]) & (pixels < origins[..., None] + shape.hole)
+    return ~(inside[:, 0, :, None] & inside[:, 1, None, :])[:, None]

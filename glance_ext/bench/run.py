@@ -1,0 +1,150 @@
+"""Runs a suite: checks every variant, then times them in turns beside the machine's own limits."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from glance_ext import _library
+from glance_ext.bench.cases import Case, check
+from glance_ext.bench.limits import Probe, copy_probe, limit_timing, matrix_probe, rates
+from glance_ext.bench.machine import describe, uses_tf32
+from glance_ext.bench.results import DTYPES, format_results, validate_results
+from glance_ext.bench.suites import SUITES
+from glance_ext.bench.timing import QUICK, Budget, Timing, measure_interleaved
+from glance_ext.errors import GlanceError
+
+__all__ = ["SUITES", "format_results", "run_suite"]
+
+METHOD = (
+    "Every variant is compared with float64 before it is timed. Median and inter-quartile range of "
+    "warm calls, the variants of a case and the two probes of the machine taking turns. In front "
+    "of each call a buffer larger than the last-level cache is overwritten. CUDA: events on the "
+    "current stream, the flush in front hiding the host's launches as far as it lasts; CPU: "
+    "time.perf_counter. Memory: the most that one call held beyond what was there before, results "
+    "included, from torch's allocators. limit = max(flops / matrix rate, bytes / copy rate) on the "
+    "least work, rates from a large matrix product and a large copy (read + written) in the same "
+    "turns. max_error: largest absolute error against float64; conv2d and copy, which do other "
+    "work, against their own."
+)
+QUICK_METHOD = " A quick run: small shapes, three calls, caches not emptied; no result to quote."
+
+
+def run_suite(
+    name: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str = "float32",
+    seed: int = 0,
+    quick: bool = False,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Runs one suite.
+
+    Args:
+        name: A key of :data:`SUITES`.
+        device: ``"cpu"`` or a CUDA device.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
+        seed: Of the inputs.
+        quick: A few small shapes and calls, to see that all runs.
+        progress: Is told each case's name before it is measured.
+
+    Returns:
+        ``{"metadata": {...}, "results": [...]}`` as benchmarks/README.md describes it; valid by
+        :func:`glance_ext.bench.validate_results`.
+
+    Raises:
+        GlanceError: There is no such suite, dtype or device, the native ops are missing, or a
+            variant's result is wrong.
+    """
+    if name not in SUITES:
+        raise GlanceError(
+            f"bench: expected a suite, one of {', '.join(sorted(SUITES))}, got {name!r}"
+        )
+    if dtype not in DTYPES:
+        raise GlanceError(f"bench: expected a dtype, one of {', '.join(DTYPES)}, got {dtype!r}")
+    on = _usable_device(device)
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    matrix = matrix_probe(on, torch_dtype, quick=quick)
+    copy = copy_probe(on, quick=quick)
+    budget = QUICK if quick else Budget()
+    rows: list[dict[str, Any]] = []
+    repeats: dict[str, dict[str, int]] = {}
+    shapes: dict[str, Any] = {}
+    probed: list[tuple[float, float]] = []
+    for case in SUITES[name](torch_dtype, on, seed, quick):
+        if progress is not None:
+            progress(case.name)
+        errors = check(case, torch_dtype, tf32=dtype == "float32" and uses_tf32(on))
+        timings, probe_ms = _measure(case, on, matrix, copy, budget)
+        probed.append(probe_ms)
+        shapes[case.name] = dict(case.shapes) | {
+            "least_gflop": case.work.flops / 1e9,
+            "least_mib": case.work.bytes / 2**20,
+        }
+        repeats[case.name] = {variant: timing.repeats for variant, timing in timings.items()}
+        rows += [
+            {
+                "suite": name,
+                "case": case.name,
+                "variant": variant,
+                "device": on.type,
+                "dtype": dtype,
+                "median_ms": timing.median_ms,
+                "iqr_ms": timing.iqr_ms,
+                "peak_mib": timing.peak_mib,
+                "max_error": errors.get(variant),
+            }
+            for variant, timing in timings.items()
+        ]
+    measured = rates(
+        matrix,
+        statistics.median(ms for ms, _ in probed),
+        copy,
+        statistics.median(ms for _, ms in probed),
+    )
+    metadata = {"suite": name, "device": on.type, "dtype": dtype} | describe(on)
+    metadata |= {
+        "seed": seed,
+        "quick": quick,
+        "rates": {"matrix_tflops": measured.flops / 1e12, "copy_gb_s": measured.bytes / 1e9},
+        "method": METHOD + (QUICK_METHOD if quick else ""),
+        "shapes": shapes,
+        "repeats": repeats,
+    }
+    results = {"metadata": metadata, "results": rows}
+    validate_results(results)
+    return results
+
+
+def _measure(
+    case: Case, device: torch.device, matrix: Probe, copy: Probe, budget: Budget
+) -> tuple[dict[str, Timing], tuple[float, float]]:
+    """Timings of a case's variants and its limit, and the probes' milliseconds."""
+    probes = {"matrix probe": matrix.call, "copy probe": copy.call}
+    functions = {name: variant.run for name, variant in case.variants.items()}
+    taken = measure_interleaved(functions | probes, device, budget)
+    of_matrix, of_copy = (taken.pop(name) for name in probes)
+    taken["limit"] = limit_timing(case.work, matrix, copy, (of_matrix, of_copy))
+    return taken, (of_matrix.median_ms, of_copy.median_ms)
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    """The device, once it is sure that our own kernels run there and not their reference."""
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise GlanceError(f"bench: expected a device, got {device!r}") from error
+    if chosen.type not in ("cpu", "cuda"):
+        raise GlanceError(f"bench: expected a cpu or cuda device, got {device!r}")
+    if not _library.is_loaded():
+        raise GlanceError(f"bench: {_library.why_not_loaded()}")
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise GlanceError(f"bench: expected a CUDA device for {device!r}, torch finds none")
+        if not _library.build_info().get("cuda"):
+            raise GlanceError("bench: expected native ops with CUDA, got a build for CPU only")
+    return chosen

@@ -1,0 +1,22 @@
+"""The suites by name: each yields its cases, one at a time, so that one case's tensors are held."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from glance_ext.bench import partial_conv, patch_scores
+from glance_ext.bench.cases import Case
+
+# (dtype, device, seed, quick) -> cases
+Suite = Callable[[torch.dtype, torch.device, int, bool], Iterator[Case]]
+
+
+def ops(dtype: torch.dtype, device: torch.device, seed: int, quick: bool) -> Iterator[Case]:
+    """The ops alone."""
+    yield from partial_conv.cases(dtype, device, seed, quick)
+    yield from patch_scores.cases(dtype, device, seed, quick)
+
+
+SUITES: dict[str, Suite] = {"ops": ops}

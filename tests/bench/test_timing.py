@@ -1,0 +1,136 @@
+import time
+
+import pytest
+import torch
+
+from glance_ext.bench.limits import (
+    Probe,
+    Rates,
+    Work,
+    copy_probe,
+    limit_ms,
+    limit_timing,
+    matrix_probe,
+    rates,
+)
+from glance_ext.bench.timing import (
+    Budget,
+    Timing,
+    last_level_cache,
+    measure,
+    measure_interleaved,
+    peak_mib,
+    spread,
+)
+
+CPU = torch.device("cpu")
+MIB = 2**20
+
+
+def test_a_sleep_takes_as_long_as_it_sleeps():
+    timing = measure(lambda: time.sleep(0.01), CPU, Budget(seconds=0.1, flush=False))
+    assert 10 <= timing.median_ms < 20
+    assert 0 <= timing.iqr_ms < 10
+    assert 7 <= timing.repeats <= 10
+
+
+def test_functions_take_turns_and_every_round_begins_with_another():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "abc"}
+    measure_interleaved(
+        functions, CPU, Budget(seconds=0, min_repeats=3, max_repeats=3, flush=False), memory=False
+    )
+    assert "".join(calls[-9:]) == "abcbcacab"
+
+
+def test_a_slow_function_is_called_three_times_and_leaves_the_rounds():
+    budget = Budget(seconds=0.004, min_repeats=6, max_repeats=50, flush=False)
+    timings = measure_interleaved(
+        {"slow": lambda: time.sleep(0.006), "quick": lambda: None}, CPU, budget
+    )
+    assert timings["slow"].repeats == 3
+    assert timings["quick"].repeats == 50
+
+
+def test_caches_are_emptied_outside_the_timed_region(monkeypatch):
+    flushes = []
+
+    def slow_flush():
+        flushes.append(1)
+        time.sleep(0.02)
+
+    monkeypatch.setattr("glance_ext.bench.timing._flusher", lambda device: slow_flush)
+    timing = measure(lambda: None, CPU, Budget(seconds=0.001, min_repeats=4, max_repeats=4))
+    assert len(flushes) == 4
+    assert timing.median_ms < 10
+
+
+def test_spread_is_the_inter_quartile_range():
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == 2.0
+    assert spread([7.0]) == 0.0
+
+
+def test_peak_memory_on_the_cpu_counts_what_is_held_at_once():
+    def two_of_four():
+        a = torch.ones(MIB)  # 4 MiB
+        b = a + 1
+        del a
+        c = b + 1
+        del b
+        return c
+
+    assert peak_mib(two_of_four, CPU) == pytest.approx(8, abs=0.01)
+
+
+def test_peak_memory_sees_what_native_code_allocates_inside():
+    image = torch.zeros(1, 1, 512, 512)
+    peak = peak_mib(lambda: torch.nn.functional.unfold(image, 3, padding=1), CPU)
+    assert peak >= 9
+
+
+def test_taking_memory_writes_nothing_to_the_terminal(capfd):
+    peak_mib(lambda: torch.ones(3) + 1, CPU)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "USDT" not in captured.err
+
+
+def test_last_level_cache_is_of_a_plausible_size():
+    assert 2**18 <= last_level_cache(CPU) <= 2**32
+
+
+def test_probes_state_the_work_that_they_do():
+    matrix = matrix_probe(CPU, torch.float32, quick=True)
+    assert matrix.work.flops == 2 * 256**3
+    result = matrix.call()
+    assert result.shape == (256, 256)
+    copied = copy_probe(CPU, quick=True)
+    assert copied.work.bytes == 2 * copied.call().numel()
+
+
+def test_the_limit_is_the_longer_of_arithmetic_and_traffic():
+    machine = Rates(flops=1e9, bytes=1e8)
+    assert limit_ms(Work(2e6, 1e3), machine) == pytest.approx(2.0)
+    assert limit_ms(Work(2e6, 5e5), machine) == pytest.approx(5.0)
+    assert Work(1, 2) + Work(10, 20) == Work(11, 22)
+
+
+def test_the_limit_follows_from_the_probes_times_and_takes_the_binding_ones_spread():
+    matrix = Probe(lambda: None, Work(1e9, 0))
+    copy = Probe(lambda: None, Work(0, 1e8))
+    taken = (Timing(10.0, 1.0, 0.0, 7), Timing(4.0, 2.0, 0.0, 9))
+    assert rates(matrix, 10.0, copy, 4.0) == Rates(pytest.approx(1e11), pytest.approx(2.5e10))
+    by_arithmetic = limit_timing(Work(2e9, 1e6), matrix, copy, taken)
+    assert by_arithmetic == Timing(pytest.approx(20.0), pytest.approx(2.0), None, 7)
+    by_traffic = limit_timing(Work(1e6, 5e7), matrix, copy, taken)
+    assert by_traffic == Timing(pytest.approx(2.0), pytest.approx(1.0), None, 9)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_times_and_memory_are_the_devices():
+    cuda = torch.device("cuda")
+    a = torch.randn(64 * MIB // 4, device=cuda)
+    timing = measure(lambda: a + 1, cuda, Budget(seconds=0.05))
+    assert 0.01 < timing.median_ms < 50
+    assert timing.peak_mib == pytest.approx(64, rel=0.05)

@@ -1,0 +1,34 @@
+"""What all tests share: the device they run on, and the seed."""
+
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+# Last, so that an installed package is tested rather than the checkout; `tests` is found here.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    DEVICES.append(pytest.param("cuda", marks=pytest.mark.cuda))  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A device to run on; of several GPUs any, on a stream that is not the default."""
+    if request.param == "cpu":
+        yield "cpu"
+        return
+    name = f"cuda:{random.randrange(torch.cuda.device_count())}"
+    flags = torch.backends.cudnn.flags(allow_tf32=False, deterministic=True)
+    with flags, torch.cuda.stream(torch.cuda.Stream(name)):
+        yield name
+        torch.cuda.synchronize(name)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
