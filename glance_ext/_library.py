@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps glance-ext"
+REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 _INFO_FILE = Path(__file__).resolve().parent / "build_info.json"
 _warned: set[str] = set()
 
@@ -51,12 +51,12 @@ def why_not_loaded() -> str:
     if not built:
         return (
             f"glance-ext's native ops were never built here ({load_error}; {running}). "
-            f"Build them with: {REBUILD}"
+            f"In the folder of its source run: {REBUILD}"
         )
     return (
         f"glance-ext's native ops failed to load ({load_error}). "
         f"Built for: torch {built.get('torch')}, Python {built.get('python')}; {running}. "
-        f"Rebuild them with: {REBUILD}"
+        f"In the folder of its source run: {REBUILD}"
     )
 
 

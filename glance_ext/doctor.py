@@ -294,7 +294,7 @@ def _one_line(error: BaseException) -> str:
 
 
 # Where torch itself is broken, glance_ext._library cannot be asked for it.
-_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps glance-ext"
+_REBUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def _package(name: str, module: str, purpose: str | None) -> Package:

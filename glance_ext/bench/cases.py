@@ -16,7 +16,7 @@ from glance_ext.errors import GlanceError
 Outputs = dict[str, Tensor]
 
 # Tolerances are relative to a result's largest value. The floor is a few units in the last place
-# and what the order of a float32 sum may cost; the ceiling is what plain torch may claim as its own.
+# and what the order of a float32 sum may cost; the ceiling is the most that plain torch may claim.
 _FLOOR_EPS = 8
 _ORDER_EPS = 4
 _TF32_EPS = 2.0**-10

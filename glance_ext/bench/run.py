@@ -20,7 +20,8 @@ from glance_ext.errors import GlanceError
 __all__ = ["SUITES", "format_results", "run_suite"]
 
 METHOD = (
-    "Every variant is compared with float64 before it is timed. Median and inter-quartile range of "
+    "Every variant is compared with float64 before it is timed (aggregation in the first and the "
+    "last map). Median and inter-quartile range of "
     "warm calls, the variants of a case and the two probes of the machine taking turns. In front "
     "of each call a buffer larger than the last-level cache is overwritten. CUDA: events on the "
     "current stream, the flush in front hiding the host's launches as far as it lasts; CPU: "

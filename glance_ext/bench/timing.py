@@ -26,6 +26,7 @@ _LAST_LEVEL_FALLBACK = 32 * _MIB
 # A longer flush on CUDA lets the host run ahead, so that its launches hide as in a training loop.
 _CUDA_FLUSH_MIN = 256 * _MIB
 _SLOW_REPEATS = 3
+_VERY_SLOW = 20
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Budget:
 
     Attributes:
         seconds: Time of the timed calls together, flushes not counted.
-        min_repeats: Timed calls at the least; 3 for a function that takes longer than ``seconds``.
+        min_repeats: Timed calls at the least; 3 for a function whose one call takes longer than
+            ``seconds``, 1 if it takes 20 times as long.
         max_repeats: Timed calls at the most.
         flush: Whether to empty the caches before each call.
     """
@@ -87,7 +89,8 @@ def measure_interleaved(
     """Times several functions in turns: one call of each, then the next round.
 
     Each round begins with another function. A function that has used up its budget leaves the
-    rounds. Memory is taken in calls of its own.
+    rounds. Before them come a call that takes memory, which warms a slow function up, and two more
+    of a quick one.
 
     Args:
         functions: By name.
@@ -100,16 +103,16 @@ def measure_interleaved(
     """
     budget = budget or Budget()
     flush = _flusher(device) if budget.flush else _nothing
-    peaks = {name: peak_mib(fn, device) if memory else None for name, fn in functions.items()}
+    peaks: dict[str, float | None] = {}
     wanted: dict[str, int] = {}
     for name, fn in functions.items():
-        once = _time_call(fn, device, _nothing)  # warm-up, one more for the quick
-        slow = once > budget.seconds * 1e3
-        if not slow:
+        started = time.perf_counter()
+        peaks[name] = peak_mib(fn, device) if memory else None
+        once = (time.perf_counter() - started) * 1e3
+        if once <= budget.seconds * 1e3:
+            _time_call(fn, device, _nothing)
             once = _time_call(fn, device, _nothing)
-        by_time = int(budget.seconds * 1e3 / max(once, 1e-6))
-        at_least = min(_SLOW_REPEATS, budget.min_repeats) if slow else budget.min_repeats
-        wanted[name] = max(at_least, min(by_time, budget.max_repeats))
+        wanted[name] = _repeats(once, budget)
     times: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for round_index in range(max(wanted.values(), default=0)):
@@ -121,6 +124,14 @@ def measure_interleaved(
         name: Timing(statistics.median(taken), spread(taken), peaks[name], len(taken))
         for name, taken in times.items()
     }
+
+
+def _repeats(once_ms: float, budget: Budget) -> int:
+    """How often to time a function whose one call takes ``once_ms``."""
+    calls = budget.seconds * 1e3 / max(once_ms, 1e-6)
+    if calls < 1:
+        return min(1 if calls < 1 / _VERY_SLOW else _SLOW_REPEATS, budget.min_repeats)
+    return max(budget.min_repeats, min(int(calls), budget.max_repeats))
 
 
 def spread(values: list[float]) -> float:

@@ -11,7 +11,7 @@ import math
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -282,7 +282,7 @@ def _tensorboard(log_dir: Path | None) -> Iterator[Any]:
         return
     try:
         log_dir.mkdir(parents=True, exist_ok=True)
-        with SummaryWriter(str(log_dir)) as writer:
+        with closing(SummaryWriter(str(log_dir))) as writer:
             yield writer
     except OSError as error:
         reason = error.strerror or str(error)

@@ -170,7 +170,7 @@ def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[A
 def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
     """Folds the mapped dimension of the input into its batch; loops where more is mapped."""
     input, mask = args[:2]
-    only_input = in_dims[0] is not None and all(dim is None for dim in in_dims[1:])
+    only_input = in_dims[0] is not None and all(dim is None for dim in in_dims[1:4])
     one_mask = mask.dim() == 2 or mask.shape[0] == 1
     if not (only_input and one_mask):
         return loop_over(torch.ops.glance_ext.partial_conv2d, info, in_dims, *args)

@@ -29,8 +29,8 @@ MIB = 2**20
 
 def test_a_sleep_takes_as_long_as_it_sleeps():
     timing = measure(lambda: time.sleep(0.01), CPU, Budget(seconds=0.1, flush=False))
-    assert 10 <= timing.median_ms < 20
-    assert 0 <= timing.iqr_ms < 10
+    assert 10 <= timing.median_ms < 50
+    assert 0 <= timing.iqr_ms < 50
     assert 7 <= timing.repeats <= 10
 
 
@@ -38,18 +38,22 @@ def test_functions_take_turns_and_every_round_begins_with_another():
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in "abc"}
     measure_interleaved(
-        functions, CPU, Budget(seconds=0, min_repeats=3, max_repeats=3, flush=False), memory=False
+        functions, CPU, Budget(seconds=1, min_repeats=3, max_repeats=3, flush=False), memory=False
     )
     assert "".join(calls[-9:]) == "abcbcacab"
 
 
 def test_a_slow_function_is_called_three_times_and_leaves_the_rounds():
-    budget = Budget(seconds=0.004, min_repeats=6, max_repeats=50, flush=False)
-    timings = measure_interleaved(
-        {"slow": lambda: time.sleep(0.006), "quick": lambda: None}, CPU, budget
-    )
+    budget = Budget(seconds=0.05, min_repeats=6, max_repeats=50, flush=False)
+    functions = {"slow": lambda: time.sleep(0.06), "quick": lambda: None}
+    timings = measure_interleaved(functions, CPU, budget, memory=False)
     assert timings["slow"].repeats == 3
     assert timings["quick"].repeats == 50
+
+
+def test_a_very_slow_function_is_timed_once():
+    budget = Budget(seconds=0.0005, min_repeats=6, flush=False)
+    assert measure(lambda: time.sleep(0.02), CPU, budget).repeats == 1
 
 
 def test_caches_are_emptied_outside_the_timed_region(monkeypatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from glance_ext.engine.loop import Stage, Trainer
 class _Writer:
     """Stands in for SummaryWriter and keeps what it is told."""
 
-    made: list[_Writer] = []
+    made: ClassVar[list[_Writer]] = []
 
     def __init__(self, folder: str) -> None:
         self.folder = folder

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import glance_ext.ops  # noqa: F401  (registers the ops)
 from tests.ops.cases import CASES, Case
@@ -272,6 +273,7 @@ def test_result_is_the_same_every_time_and_for_any_number_of_threads(
 
 
 @every_case
+@pytest.mark.filterwarnings("error")  # that there is no rule, and a slow one of torch's runs
 def test_vmap_equals_a_loop(case: Case, device: str) -> None:
     calls = [case.arguments(device, seed=seed) for seed in range(3)]
     positions = list(tensors_of(calls[0]))
@@ -285,7 +287,32 @@ def test_vmap_equals_a_loop(case: Case, device: str) -> None:
             assert_all_close(got, [torch.stack(column) for column in zip(*rows, strict=True)])
 
 
+class CountCalls(TorchDispatchMode):
+    """How often glance_ext's kernels run."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.count += func.namespace == "glance_ext"
+        return func(*args, **(kwargs or {}))
+
+
 @differentiable_case
+def test_vmap_over_the_first_argument_is_one_call_unless_others_have_a_batch(
+    case: Case, device: str
+) -> None:
+    arguments = case.arguments(device)
+    in_dims = (0, *[None] * (len(arguments) - 1))
+    stacked = replaced(arguments, {0: torch.stack([arguments[0]] * 3)})
+    with CountCalls() as calls:
+        torch.func.vmap(case.overload(), in_dims)(*stacked)
+    assert calls.count == (1 if case.batched == (0,) else 3)
+
+
+@differentiable_case
+@pytest.mark.filterwarnings("error")
 def test_batched_gradients_equal_a_loop(case: Case, device: str) -> None:
     arguments = with_gradients(case, case.arguments(device))
     output = case.call(arguments)[0]

