@@ -8,9 +8,8 @@
 //   valid  = sum(M) > 0
 //
 // - sum(1) counts the full window whether or not it hangs over the border: kh * kw for a mask of
-// one
-//   channel, kh * kw * C / groups for a mask of C channels, where sum(M) counts the channels of the
-//   output's own group. Padding counts as missing.
+//   one channel, kh * kw * C / groups for a mask of C channels, where sum(M) counts the channels of
+//   the output's own group. Padding counts as missing.
 // - Counts are integers. The ratio and all arithmetic are in float (double for double). No epsilon.
 // - A value behind the mask is never read into arithmetic: NaN and infinity there do not leak.
 // - The mask is not differentiable. With r the ratio (0 where invalid) and g the output's gradient,

@@ -32,7 +32,8 @@ class Calibration:
         inconsistency: Scale of ``s_IAD``.
         log_odds: Scale of the distortion head's log-odds.
         held_out_scores: Image scores of the held-out normal images.
-        pixel_range: Median and greatest value of their maps, for the colours of heatmaps.
+        pixel_range: Of their maps' medians and 99th percentiles the median each, for the colours of
+            heatmaps; one odd image among them does not move these.
         optimistic: Whether the held-out images were trained on too, for want of others.
     """
 

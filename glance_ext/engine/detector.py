@@ -220,10 +220,11 @@ def calibrate(
     )
     detector = Detector(model, draft, device=device)
     maps = torch.cat([detector.aggregate(draft.mix(score), origins).cpu() for score in scores])
+    quantiles = np.quantile(maps.flatten(1).numpy(), (0.5, 0.99), axis=1)
     return Calibration(
         **{
             **vars(draft),
             "held_out_scores": tuple(maps.flatten(1).amax(1).double().tolist()),
-            "pixel_range": (float(maps.median()), float(maps.max())),
+            "pixel_range": tuple(np.median(quantiles, axis=1).tolist()),
         }
     )

@@ -18,14 +18,13 @@ from glance_ext.report.sheet import Tile, contact_sheet
 def colour_range(detector: Detector) -> tuple[float, float]:
     """The scores at which a model's heatmaps begin to colour, and at which they are saturated.
 
-    A quarter of the way from the median of held-out normal maps to the threshold, and half the way
-    beyond it; the same for every image of a model, so that its heatmaps can be compared.
+    Above the median of a usual held-out normal map, from half to three times the distance to its
+    99th percentile. The same for every image of a model, so that its heatmaps can be compared, and
+    independent of the threshold, so that what stays below it can be seen too.
     """
-    low = detector.calibration.pixel_range[0]
-    reach = detector.threshold - low
-    if reach <= 0:
-        return low, low + max(1e-12, abs(low))
-    return low + 0.25 * reach, min(low + 1.5 * reach, sys.float_info.max)
+    median, high = detector.calibration.pixel_range
+    spread = max(high - median, 1e-12)
+    return median + 0.5 * spread, median + 3.0 * spread
 
 
 def write_curves(path: Path, evaluation: Evaluation, title: str) -> bool:
