@@ -11,7 +11,7 @@ from torch import Tensor
 from glance_ext import _library
 from glance_ext.ops import reference
 from glance_ext.ops._checks import check_partial_conv2d, memory_format, pair
-from glance_ext.ops._once import forbid_second_backward
+from glance_ext.ops._derivatives import forbid_forward_mode, forbid_second_backward
 from glance_ext.ops._vmap import loop_over
 
 
@@ -73,6 +73,7 @@ def partial_conv2d(
         groups,
     )
     if _library.is_loaded():
+        forbid_forward_mode(op, input, weight, bias)
         return torch.ops.glance_ext.partial_conv2d(*arguments)
     _library.warn_reference(op)
     return _reference(*arguments)

@@ -11,7 +11,7 @@ from torch import Tensor
 from glance_ext import _library
 from glance_ext.ops import reference
 from glance_ext.ops._checks import check_aggregate, pair
-from glance_ext.ops._once import forbid_second_backward
+from glance_ext.ops._derivatives import forbid_forward_mode, forbid_second_backward
 from glance_ext.ops._vmap import loop_over
 
 
@@ -69,6 +69,7 @@ def aggregate_patch_scores(
         {"gaussian": float(sigma), "idw": float(power)}.get(mode, 0.0),
     )
     if _library.is_loaded():
+        forbid_forward_mode(op, scores)
         return torch.ops.glance_ext.aggregate_patch_scores(*arguments)
     _library.warn_reference(op)
     return reference.aggregate_patch_scores(*arguments)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import glance_ext.ops  # noqa: F401  (registers the ops)
+from glance_ext.ops import aggregate_patch_scores, partial_conv2d
 from tests.ops.cases import CASES, Case
 
 OPS = sorted(
@@ -359,3 +359,16 @@ def test_runs_on_a_device_that_is_not_the_current_one(case: Case) -> None:
     results = case.call(arguments)
     assert all(result.device == torch.device(other) for result in results)
     assert_all_close([result.cpu() for result in results], case.call(on_cpu))
+
+
+def test_forward_mode_is_an_error_that_names_the_op() -> None:
+    image, weight = torch.randn(1, 2, 8, 8), torch.randn(3, 2, 3, 3)
+    mask = torch.ones(8, 8, dtype=torch.bool)
+    scores = torch.randn(1, 2, 2)
+    calls = {
+        "partial_conv2d": (lambda x: partial_conv2d(x, mask, weight)[0], image),
+        "aggregate_patch_scores": (lambda s: aggregate_patch_scores(s, 4, 8, stride=4), scores),
+    }
+    for op, (call, at) in calls.items():
+        with pytest.raises(RuntimeError, match=rf"{op}: .* forward mode"):
+            torch.func.jvp(call, (at,), (torch.ones_like(at),))
