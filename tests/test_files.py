@@ -110,10 +110,11 @@ def test_a_pipe_is_written_to_not_replaced(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     received: list[str] = []
-    reader = threading.Thread(target=lambda: received.append(pipe.read_text()))
+    reader = threading.Thread(target=lambda: received.append(pipe.read_text()), daemon=True)
     reader.start()
     write_json(pipe, {"a": 1})
     reader.join(10)
+    assert received
     assert json.loads(received[0]) == {"a": 1}
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 

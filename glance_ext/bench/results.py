@@ -45,6 +45,7 @@ METADATA_KEYS = (
 )
 DTYPES = ("float32", "bfloat16", "float16")
 
+_ORDER = ("reference", "fold", "nvidia", "ours", "conv2d", "copy", "limit")
 # (heading, slower or larger variant, what it is divided by): ratios of medians.
 _RATIOS = (
     ("reference/ours", "reference", "ours"),
@@ -168,7 +169,8 @@ def format_results(results: Mapping[str, Any]) -> str:
 
 
 def _format_group(cases: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    names = list(dict.fromkeys(name for variants in cases.values() for name in variants))
+    found = dict.fromkeys(name for variants in cases.values() for name in variants)
+    names = sorted(found, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
     ratios = [
         (heading, "median_ms", above, below)
         for heading, above, below in _RATIOS

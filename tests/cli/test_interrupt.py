@@ -94,7 +94,9 @@ def test_ctrl_c_while_it_starts_is_quiet(
     child = process("detect", model, good, "-o", tmp_path / "out")
     time.sleep(seconds)
     errors = stop(child, signal.SIGINT)
-    assert child.returncode in (0, 130), errors
+    # Python ends by the signal itself where it came inside an exec() of some import; a shell
+    # calls that 130 too
+    assert child.returncode in (0, 130, -signal.SIGINT), errors
     assert not unfinished(tmp_path)
 
 

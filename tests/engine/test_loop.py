@@ -284,6 +284,21 @@ def test_a_loss_that_is_no_number_ends_training_and_is_never_saved(
         assert all(torch.isfinite(p).all() for p in again.modules["net"].parameters())
 
 
+def test_ctrl_c_does_not_save_what_has_diverged(tmp_path: Path) -> None:
+    fit = stage(hook=ctrl_c_at(4))
+    real = fit.step
+
+    def step(generator: torch.Generator) -> dict[str, Tensor]:
+        return {"loss": real(generator)["loss"] * math.nan}
+
+    fit.step = step
+    run = trainer(tmp_path)
+    run._log = lambda *_: None  # type: ignore[method-assign]
+    with pytest.raises(GlanceError, match="diverged: loss is nan at step 4"):
+        run.run(fit)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
