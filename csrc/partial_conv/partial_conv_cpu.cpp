@@ -1,5 +1,5 @@
 #include <algorithm>
-#include <cstring>
+#include <vector>
 
 #include "partial_conv/partial_conv.h"
 
@@ -90,25 +90,29 @@ void ratio_rows_of(const PartialConvParams& p, int64_t begin, int64_t end) {
   const int64_t groups = p.ratio_groups();
   const int64_t channels = p.mask_channels / groups;
   const A full = static_cast<A>(p.window_size());
+  std::vector<int32_t> columns(p.in_width + 2 * p.padding[1]);
   for (int64_t row = begin; row < end; ++row) {
     const int64_t y = row % p.out_height;
     const int64_t group = row / p.out_height % groups;
     const int64_t n = row / p.out_height / groups;
     const uint8_t* mask =
         p.mask + (n * p.mask_channels + group * channels) * p.in_height * p.in_width;
+    // Valid values in each column under the window's rows, padding columns included as zeros; a
+    // window is then a sum of columns, whatever its channels.
+    std::fill(columns.begin(), columns.end(), 0);
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t i = 0; i < p.kernel[0]; ++i) {
+        const int64_t in_y = y * p.stride[0] - p.padding[0] + i * p.dilation[0];
+        if (in_y < 0 || in_y >= p.in_height) continue;
+        const uint8_t* mask_row = mask + (c * p.in_height + in_y) * p.in_width;
+        int32_t* inside = columns.data() + p.padding[1];
+        for (int64_t x = 0; x < p.in_width; ++x) inside[x] += mask_row[x];
+      }
+    }
     for (int64_t x = 0; x < p.out_width; ++x) {
       int64_t count = 0;
-      for (int64_t c = 0; c < channels; ++c) {
-        for (int64_t i = 0; i < p.kernel[0]; ++i) {
-          const int64_t in_y = y * p.stride[0] - p.padding[0] + i * p.dilation[0];
-          if (in_y < 0 || in_y >= p.in_height) continue;
-          const uint8_t* mask_row = mask + (c * p.in_height + in_y) * p.in_width;
-          for (int64_t j = 0; j < p.kernel[1]; ++j) {
-            const int64_t in_x = x * p.stride[1] - p.padding[1] + j * p.dilation[1];
-            if (in_x >= 0 && in_x < p.in_width) count += mask_row[in_x];
-          }
-        }
-      }
+      const int32_t* first = columns.data() + x * p.stride[1];
+      for (int64_t j = 0; j < p.kernel[1]; ++j) count += first[j * p.dilation[1]];
       ratio[row * p.out_width + x] = count > 0 ? full / static_cast<A>(count) : A{0};
     }
   }

@@ -25,7 +25,7 @@ def texture(name: str) -> np.ndarray:
 
 
 def write_texture_set(
-    folder: Path, name: str, *, seed: int, train: int = 40, good: int = 6, each: int = 3
+    folder: Path, name: str, *, seed: int, train: int = 40, good: int = 5, each: int = 2
 ) -> None:
     """Writes crops of a texture as a data set in the MVTec layout.
 

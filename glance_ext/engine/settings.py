@@ -83,7 +83,7 @@ class TrainSettings:
 
 
 PRESETS: dict[str, TrainSettings] = {
-    "quick": TrainSettings(steps=300),
+    "quick": TrainSettings(steps=200),
     "default": TrainSettings(),
     "paper": TrainSettings(
         fine_tune_steps=50_000,

@@ -84,14 +84,14 @@ class Glance(nn.Module):
         Args:
             images: ``(N, 3, 256, 256)``, RGB in [0, 1].
             origins: ``(P, 2)`` int64.
-            batch_size: Patches that are scored together; by default 16 on a CPU, whose allocator
+            batch_size: Patches that are scored together; by default 8 on a CPU, whose allocator
                 hands larger tensors back to the system after every use, and 128 elsewhere.
 
         Returns:
             Scores ``(N, P)``.
         """
         if batch_size is None:
-            batch_size = 16 if images.device.type == "cpu" else 128
+            batch_size = 8 if images.device.type == "cpu" else 128
         parts: list[HeadScores] = []
         for image in images:
             for chunk in origins.to(images.device).split(batch_size):

@@ -101,7 +101,7 @@ def test_the_net_comes_to_know_what_its_teacher_says(
     pictures: list[Path], teacher: Teacher, tmp_path: Path
 ) -> None:
     settings = DistillSettings(
-        steps=40, batch_size=12, features=8, learning_rate=1e-3, lambda_c=0.1
+        steps=80, batch_size=16, features=8, learning_rate=1e-3, lambda_c=0.1
     )
     result = run(pictures, teacher, tmp_path / "net", settings)
     points = [value for _, value in result.history["distill/knowledge"]]
