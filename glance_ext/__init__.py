@@ -4,9 +4,19 @@ An implementation of Wang, Wu, Cui, Shen (CVPR 2021). ``glance_ext.ops`` and ``g
 alone; ``glance_ext.engine`` trains and detects; ``glance-ext`` is the command line.
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
-try:
-    __version__ = version("glance-ext")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0+unknown"
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name):
+        """Looks the version up when it is asked for: that takes longer than all else here."""
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("glance-ext")
+        except PackageNotFoundError:  # run from a source tree that was never installed
+            return "0+unknown"

@@ -47,9 +47,8 @@ class GlanceGroup(click.Group):
         if hasattr(sys.stdout, "reconfigure"):  # names of files that the terminal cannot encode
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
-            with _termination_interrupts():
+            with _signals_interrupt():
                 result = run(*args, standalone_mode=False, **kwargs)
-                sys.stdout.flush()
         except click.exceptions.Exit as request:
             sys.exit(request.exit_code)
         except (click.Abort, KeyboardInterrupt):
@@ -77,20 +76,44 @@ class GlanceGroup(click.Group):
 
 
 @contextlib.contextmanager
-def _termination_interrupts() -> Iterator[None]:
-    """Lets SIGTERM clean up as Ctrl-C does."""
+def _signals_interrupt() -> Iterator[None]:
+    """Lets SIGTERM clean up as Ctrl-C does, whatever else the interrupted code makes of it.
+
+    numpy and others, stopped in the middle of being imported, answer with errors of their own; and
+    what is raised inside a callback, such as the import system's, Python drops: a dropped interrupt
+    is raised again a moment later.
+    """
+    received: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        received.append(number)
         raise KeyboardInterrupt
+
+    def again(dropped: Any) -> None:
+        if issubclass(dropped.exc_type, KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+        else:
+            report(dropped)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    report, sys.unraisablehook = sys.unraisablehook, again
+    previous = {
+        number: signal.signal(number, interrupt)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+        if signal.getsignal(number) is not signal.SIG_IGN  # as nohup wants it
+    }
     try:
         yield
+    except Exception as error:
+        if received and not isinstance(error, GlanceError):
+            raise KeyboardInterrupt from error
+        raise
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        sys.unraisablehook = report
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _give_up_stdout() -> None:

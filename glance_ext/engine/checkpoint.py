@@ -16,7 +16,7 @@ from torch import Tensor
 from glance_ext.errors import CheckpointError
 from glance_ext.files import atomic_write
 
-FORMAT_VERSION = 2  # 1 had a checksum of the tensors alone
+FORMAT_VERSION = 1
 _KEY = "glance_ext"
 
 
@@ -92,7 +92,7 @@ def load_checkpoint(
         )
     if found_kind != kind:
         raise CheckpointError(f"{path}: expected a checkpoint of kind '{kind}', got '{found_kind}'")
-    expected = _digest(tensors) if version == 1 else _digest(tensors, found_kind, metadata)
+    expected = _digest(tensors, found_kind, metadata)
     if not isinstance(metadata, dict) or digest != expected:
         raise CheckpointError(f"{path}: the checkpoint is damaged: its checksum does not match")
     return tensors, metadata
@@ -121,9 +121,9 @@ def prefixed(module: torch.nn.Module, prefix: str) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in module.state_dict().items()}
 
 
-def _digest(tensors: dict[str, Tensor], *described: Any) -> str:
+def _digest(tensors: dict[str, Tensor], kind: str, metadata: Any) -> str:
     digest = hashlib.sha256()
-    for value in described:
+    for value in (kind, metadata):
         digest.update(json.dumps(value, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()

@@ -224,7 +224,9 @@ class Trainer:
 
         self._interrupted = False
         previous = {
-            number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)
+            number: signal.signal(number, stop)
+            for number in (signal.SIGINT, signal.SIGTERM)
+            if signal.getsignal(number) is not signal.SIG_IGN  # as nohup wants it
         }
         try:
             yield

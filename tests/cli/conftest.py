@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -106,12 +107,17 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def process() -> Callable[..., subprocess.Popen[str]]:
     """Starts the command line as a process of its own."""
 
-    def start(*arguments: object, **options: object) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    def start(
+        *arguments: object, path: Path | None = None, **options: object
+    ) -> subprocess.Popen[str]:
+        search = os.pathsep.join(map(str, filter(None, (path, ROOT))))
+        environment = {**os.environ, "PYTHONPATH": search, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(
             [sys.executable, "-m", "glance_ext", *map(str, arguments)],
             env=environment,
             text=True,
+            # A shell starts its background jobs with SIGINT ignored, and children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},  # type: ignore[call-overload]
         )
 

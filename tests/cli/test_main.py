@@ -1,5 +1,7 @@
 import importlib
+import os
 import re
+import signal
 
 import click
 import pytest
@@ -119,6 +121,25 @@ def test_what_the_system_refuses_is_one_line(
     assert result.exit_code == code
     assert said in result.stderr
     assert result.stderr.strip().count("\n") == 0
+
+
+def test_what_a_library_makes_of_ctrl_c_is_an_interruption(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glance_ext import doctor
+
+    def fail() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("numpy: stopped half-way") from None
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(doctor, "examine", fail)
+    result = run("doctor")
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,15 +155,6 @@ def test_a_newer_version_is_named_with_what_to_do(file: Path) -> None:
     assert "pip install --upgrade glance-ext" in message
 
 
-def test_version_1_had_a_checksum_of_the_tensors_alone(file: Path) -> None:
-    rewrite(file, format_version=1, sha256=checkpoint._digest(tensors()))
-    loaded, metadata = load_checkpoint(file, "model")
-    assert same(loaded, tensors())
-    assert metadata == METADATA
-    rewrite(file, format_version=1, sha256="0" * 64)
-    assert "checksum" in refusal(file)
-
-
 @pytest.mark.parametrize(
     "changes",
     [

@@ -175,6 +175,17 @@ def test_handlers_are_put_back(tmp_path: Path) -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
+def test_signals_that_are_ignored_stay_so(tmp_path: Path, expected: bytes) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup and a background shell do
+    try:
+        fit = stage(hook=ctrl_c_at(2))
+        trainer(tmp_path).run(fit)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert weights(fit) == expected
+
+
 def test_a_killed_run_goes_on_from_its_last_periodic_state(tmp_path: Path, expected: bytes) -> None:
     def hook(step: int) -> None:
         if step == 5:
