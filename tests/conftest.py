@@ -1,6 +1,7 @@
 """What all tests share: the device they run on, and the seed."""
 
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,10 @@ import torch
 
 # Last, so that an installed package is tested rather than the checkout; `tests` is found here.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+# A shell starts its background jobs with SIGINT ignored, and what is ignored stays so by design.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 DEVICES = ["cpu"]
 if torch.cuda.is_available():

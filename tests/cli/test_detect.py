@@ -13,6 +13,7 @@ from click.testing import Result
 from PIL import Image
 
 from glance_ext import files
+from glance_ext.engine.checkpoint import FORMAT_VERSION
 from glance_ext.engine.detector import Detector
 from tests.cli.conftest import Run, write_image
 
@@ -267,7 +268,9 @@ def test_a_model_that_cannot_be_used_is_one_line(
     cut.write_bytes(whole[: len(whole) // 2])
     foreign.write_bytes(b"\x80\x02}q\x00.")
     newer = tmp_path / "newer.safetensors"
-    newer.write_bytes(whole.replace(rb"{\"format_version\": 2", rb"{\"format_version\": 9"))
+    version = rf"{{\"format_version\": {FORMAT_VERSION}".encode()
+    assert version in whole
+    newer.write_bytes(whole.replace(version, rb"{\"format_version\": 9"))
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(whole[:-8] + b"\0\1\2\3\4\5\6\7")
     (tmp_path / "folder").mkdir()
