@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glance_ext.ops import partial_conv2d, reference
 from glance_ext.testing import assert_matches_reference
+from tests.ops.bad_calls import assert_all_forms_say
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -441,27 +441,7 @@ BAD_CALLS = [
 def test_native_fake_and_reference_say_the_same_about_a_bad_call(
     expected: str, changes: dict[str, Any], device: str
 ) -> None:
-    arguments = arguments_with(**changes)
-
-    def moved(to: str) -> list[Any]:
-        return [v.to(to) if isinstance(v, Tensor) else v for v in arguments]
-
-    def in_fake_mode() -> None:
-        with FakeTensorMode() as mode:
-            native(*(mode.from_tensor(v) if isinstance(v, Tensor) else v for v in arguments))
-
-    raised = []
-    for attempt in (
-        lambda: native(*moved(device)),
-        lambda: native(*moved("meta")),
-        in_fake_mode,
-        lambda: reference.partial_conv2d(*moved(device)),
-    ):
-        with pytest.raises((ValueError, TypeError)) as caught:
-            attempt()
-        raised.append((caught.type, str(caught.value).splitlines()[0]))
-    kind = TypeError if re.search(r"got (float|int)\d+$", expected) else ValueError
-    assert raised == [(kind, f"partial_conv2d: expected {expected}")] * 4
+    assert_all_forms_say("partial_conv2d", expected, arguments_with(**changes), device)
 
 
 @pytest.mark.parametrize("name", ["mask", "weight", "bias"])

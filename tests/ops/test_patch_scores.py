@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from glance_ext.ops import aggregate_patch_scores, reference
 from glance_ext.testing import assert_matches_reference
+from tests.ops.bad_calls import assert_all_forms_say
 
 MODES = ["mean", "gaussian", "max", "idw"]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -542,27 +542,7 @@ BAD_CALLS = [
 def test_native_fake_and_reference_say_the_same_about_a_bad_call(
     expected: str, changes: dict[str, Any], device: str
 ) -> None:
-    arguments = arguments_with(**changes)
-
-    def moved(to: str) -> list[Any]:
-        return [v.to(to) if isinstance(v, Tensor) else v for v in arguments]
-
-    def in_fake_mode() -> None:
-        with FakeTensorMode() as mode:
-            native(*(mode.from_tensor(v) if isinstance(v, Tensor) else v for v in arguments))
-
-    raised = []
-    for attempt in (
-        lambda: native(*moved(device)),
-        lambda: native(*moved("meta")),
-        in_fake_mode,
-        lambda: reference.aggregate_patch_scores(*moved(device)),
-    ):
-        with pytest.raises((ValueError, TypeError)) as caught:
-            attempt()
-        raised.append((caught.type, first_line(caught)))
-    kind = TypeError if re.search(r"got (float|int)\d+$", expected) else ValueError
-    assert raised == [(kind, f"aggregate_patch_scores: expected {expected}")] * 4
+    assert_all_forms_say("aggregate_patch_scores", expected, arguments_with(**changes), device)
 
 
 def test_stride_and_origins_exclude_each_other() -> None:
