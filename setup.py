@@ -226,6 +226,20 @@ def compiler_version() -> str:
     return answer.partition("\n")[0] or "unknown"
 
 
+def openmp_flags(parallel_info: str) -> list[str]:
+    """What makes at::parallel_for use torch's threads: its loop is compiled into the extension.
+
+    Without OpenMP that loop is serial, whatever torch itself was built with. The wheels for Linux
+    and Windows bring the runtime that these flags link to; the one for macOS has no such header.
+
+    Args:
+        parallel_info: ``torch.__config__.parallel_info()``.
+    """
+    if "ATen parallel backend: OpenMP" not in parallel_info or sys.platform == "darwin":
+        return []
+    return ["/openmp"] if os.name == "nt" else ["-fopenmp"]
+
+
 def build_command(base: type, info: dict[str, str]) -> type:
     """torch's build_ext, which also leaves build_info.json beside the library."""
 
@@ -288,6 +302,7 @@ def build_settings() -> dict[str, object]:
         macros.append(("GLANCE_EXT_WITH_CUDA", None))
     # -g0 against Python's own -g, which makes the library fifteen times as large.
     flags = ["/O2"] if os.name == "nt" else ["-O3", "-g0", "-Wall", "-fno-math-errno"]
+    openmp = openmp_flags(torch.__config__.parallel_info())
     factory = cpp_extension.CUDAExtension if home else cpp_extension.CppExtension
     module = factory(
         "glance_ext._C",
@@ -295,7 +310,8 @@ def build_settings() -> dict[str, object]:
         include_dirs=[str(ROOT / "csrc"), *pybind11_include(cpp_extension.include_paths())],
         define_macros=macros,
         depends=[*HEADERS, "setup.py"],
-        extra_compile_args={"cxx": flags, "nvcc": ["-O3"]} if home else {"cxx": flags},
+        extra_compile_args={"cxx": flags + openmp, **({"nvcc": ["-O3"]} if home else {})},
+        extra_link_args=openmp if os.name != "nt" else [],
     )
     base = cpp_extension.BuildExtension.with_options(use_ninja=True)
     return {"ext_modules": [module], "cmdclass": {"build_ext": build_command(base, info)}}

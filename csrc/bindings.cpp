@@ -1,7 +1,9 @@
 // The Python module glance_ext._C. Importing it registers the ops; all it offers itself is what it
 // was built with, for `glance-ext doctor` and for the message when it no longer fits.
+#include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 
+#include <atomic>
 #include <string>
 
 namespace {
@@ -22,8 +24,16 @@ pybind11::dict build_config() {
   return config;
 }
 
+// How many threads share a parallel loop of this module; 1 if it was built without torch's OpenMP.
+int64_t parallel_threads() {
+  std::atomic<int64_t> parts{0};
+  at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) { ++parts; });
+  return parts;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.def("build_config", &build_config, "What this module was built with and for.");
+  m.def("parallel_threads", &parallel_threads, "Threads that share a loop of a CPU kernel.");
 }

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from glance_ext import _library
+
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ("KERNEL_SOURCES", "CUDA_SOURCES", "OP_SOURCES")
 # What may know torch; everything else in csrc compiles without it.
@@ -362,3 +364,28 @@ def test_ops_build_and_run_in_a_program_without_python(tmp_path: Path) -> None:
     result = cmake_build(tmp_path, "op_library_test", "-DGLANCE_EXT_TORCH=ON", prefix, quickly)
     assert result.returncode == 0, result.stdout
     assert "100% tests passed, 0 tests failed out of 1" in result.stdout
+
+
+def test_openmp_is_used_where_torch_uses_it(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """at::parallel_for is compiled into the extension: serial unless that has OpenMP too."""
+    monkeypatch.setattr(build.sys, "platform", "linux")
+    assert build.openmp_flags("ATen parallel backend: OpenMP\n") == ["-fopenmp"]
+    assert build.openmp_flags("ATen parallel backend: native thread pool\n") == []
+
+
+def test_library_runs_on_as_many_threads_as_torch() -> None:
+    if not _library.is_loaded():
+        pytest.skip("the native library is not built")
+    openmp = "ATen parallel backend: OpenMP" in torch.__config__.parallel_info()
+    if not openmp or sys.platform == "darwin":
+        pytest.skip("this torch does not use OpenMP")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert _library.module.parallel_threads() == 2
+        torch.set_num_threads(1)
+        assert _library.module.parallel_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
