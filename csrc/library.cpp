@@ -21,4 +21,25 @@ TORCH_LIBRARY(glance_ext, m) {
   m.def(
       "aggregate_patch_scores_backward(Tensor grad_map, Tensor scores, Tensor? origins, "
       "SymInt[2] patch_size, SymInt[2] stride, str mode, float parameter) -> Tensor");
+
+  // Windows of features that holes change, (N, P, C, h, w); csrc/hole_windows/hole_windows.h.
+  // tiles (N, P, C, th, tw)
+  m.def(
+      "gather_holes(Tensor base, Tensor? windows, Tensor extents, Tensor origins, "
+      "SymInt[2] tile_size, float fill) -> Tensor");
+  // (grad_base, grad_windows), each empty where output_mask says that nobody asks
+  m.def(
+      "gather_holes_backward(Tensor grad_tiles, Tensor base, Tensor? windows, Tensor extents, "
+      "Tensor origins, bool[2] output_mask) -> (Tensor, Tensor)");
+  // the next layer's windows (N, P, K, ho, wo)
+  m.def(
+      "hole_conv2d(Tensor base, Tensor? windows, Tensor extents, Tensor origins, Tensor cells, "
+      "Tensor ratio, Tensor weight, Tensor? bias, SymInt[2] stride, SymInt[2] padding, "
+      "SymInt[2] dilation, float negative_slope) -> Tensor");
+  // (grad_base, grad_windows, grad_weight, grad_bias)
+  m.def(
+      "hole_conv2d_backward(Tensor grad_output, Tensor output, Tensor base, Tensor? windows, "
+      "Tensor extents, Tensor origins, Tensor ratio, Tensor weight, SymInt[2] stride, "
+      "SymInt[2] padding, SymInt[2] dilation, float negative_slope, bool[4] output_mask) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }
