@@ -61,7 +61,7 @@ template <typename T, typename To>
 void copy_row(const HoleWindowsParams& p, const Composed<T>& from, int64_t y, int64_t x,
               int64_t count, To fill, int64_t pitch, To* target) {
   const int64_t end = x + count;
-  const int64_t in_map = std::max<int64_t>(x, 0);
+  const int64_t in_map = std::min<int64_t>(std::max<int64_t>(x, 0), end);
   const int64_t map_end = y < 0 || y >= p.height ? in_map : std::min(end, p.width);
   const auto fill_until = [&](int64_t until) {
     for (; x < until; ++x, target += pitch) std::fill(target, target + pitch, fill);
@@ -72,7 +72,7 @@ void copy_row(const HoleWindowsParams& p, const Composed<T>& from, int64_t y, in
     target += (until - x) * pitch;
     x = until;
   };
-  fill_until(std::min(in_map, end));
+  fill_until(in_map);
   const T* base_row = from.base + y * p.width * p.channels;
   if (y >= from.row && y < from.row + from.rows) {
     copy_until(std::min(map_end, from.column), base_row + x * p.channels);

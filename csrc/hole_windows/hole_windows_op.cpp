@@ -335,15 +335,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hole_conv2d_backward(
   at::Tensor grad_weight = at::empty({0}, weight.options());
   at::Tensor grad_bias = at::empty({0}, base.options());
 
-  // (N, P, K, ho, wo): the gradient behind the activation, at the cells that were computed.
-  const at::Tensor scale = ratio.unsqueeze(-3);
-  at::Tensor grad = grad_output.to(ratio.scalar_type());
-  if (negative_slope != 1) grad = at::where(output > 0, grad, grad * negative_slope);
+  // (N, P, ho, wo, K), so that sums do not depend on the layout: the gradient behind the
+  // activation, at the cells that were computed.
+  const at::Tensor scale = ratio.contiguous().unsqueeze(-1);
+  at::Tensor grad = windows_last(grad_output).to(ratio.scalar_type());
+  if (negative_slope != 1) {
+    grad = at::where(windows_last(output) > 0, grad, grad * negative_slope);
+  }
   grad = at::where(scale != 0, grad, at::zeros({}, grad.options()));
-  if (output_mask[3]) grad_bias = grad.sum({0, 1, 3, 4}).to(base.scalar_type());
+  if (output_mask[3]) grad_bias = grad.sum({0, 1, 2, 3}).to(base.scalar_type());
   if (output_mask[0] || output_mask[1] || output_mask[2]) {
     const int64_t count = p.window_count();
-    const at::Tensor grad_conv = windows_last(grad * scale)
+    const at::Tensor grad_conv = (grad * scale)
                                      .to(base.scalar_type())
                                      .reshape({count, p.out_height, p.out_width, p.out_channels})
                                      .permute({0, 3, 1, 2});

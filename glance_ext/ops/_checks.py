@@ -210,3 +210,170 @@ def check_aggregate(
         f"origins of shape ({scores.shape[1]}, 2), got {list(origins.shape)}",
     )
     require(mode != "idw" or scores.shape[1] > 0, op, "at least one patch, got 0")
+
+
+def _check_index(op: str, name: str, index: Tensor, base: Tensor) -> None:
+    require(
+        index.dtype == torch.int32, op, f"{name} to be int32, got {dtype_name(index)}", TypeError
+    )
+    require(
+        index.device == base.device,
+        op,
+        f"{name} on the base's device {base.device}, got {index.device}",
+    )
+
+
+def _check_windows(op: str, base: Tensor, windows: Tensor | None, extents: Tensor) -> None:
+    require(
+        base.dtype in FLOAT_DTYPES,
+        op,
+        f"base to be float32, float64, float16 or bfloat16, got {dtype_name(base)}",
+        TypeError,
+    )
+    require(
+        base.dim() == 4 and all(size > 0 for size in base.shape[1:]),
+        op,
+        f"base of shape (N, C, H, W) with at least one pixel, got {list(base.shape)}",
+    )
+    _check_index(op, "extents", extents, base)
+    require(
+        extents.dim() in (2, 3) and extents.shape[-1] == 4,
+        op,
+        f"extents of shape (P, 4) or (N, P, 4), got {list(extents.shape)}",
+    )
+    require(
+        extents.dim() == 2 or extents.shape[0] == base.shape[0],
+        op,
+        f"extents for {base.shape[0]} images, got {extents.shape[0]}",
+    )
+    if windows is not None:
+        n, p, c = base.shape[0], extents.shape[-2], base.shape[1]
+        require(
+            windows.dtype == base.dtype,
+            op,
+            f"windows of the base's {dtype_name(base)}, got {dtype_name(windows)}",
+            TypeError,
+        )
+        require(
+            windows.device == base.device,
+            op,
+            f"windows on the base's device {base.device}, got {windows.device}",
+        )
+        require(
+            windows.dim() == 5
+            and windows.shape[0] == n
+            and windows.shape[1] == p
+            and windows.shape[2] == c,
+            op,
+            f"windows of shape ({n}, {p}, {c}, h, w), got {list(windows.shape)}",
+        )
+
+
+def _check_origins(op: str, origins: Tensor, extents: Tensor, base: Tensor) -> None:
+    _check_index(op, "origins", origins, base)
+    require(
+        origins.dim() == extents.dim()
+        and origins.shape[-1] == 2
+        and origins.shape[:-1] == extents.shape[:-1],
+        op,
+        f"origins to have a row of 2 for each of the extents {list(extents.shape)}, got "
+        f"{list(origins.shape)}",
+    )
+
+
+def check_gather_holes(
+    base: Tensor,
+    windows: Tensor | None,
+    extents: Tensor,
+    origins: Tensor,
+    tile_size: Sequence[int],
+) -> None:
+    """Checks the arguments of ``gather_holes``, all but the values of the geometry."""
+    op = "gather_holes"
+    _check_windows(op, base, windows, extents)
+    _require_pair(op, "tile_size", tile_size)
+    require(
+        tile_size[0] > 0 and tile_size[1] > 0,
+        op,
+        f"tile_size to be positive, got ({tile_size[0]}, {tile_size[1]})",
+    )
+    _check_origins(op, origins, extents, base)
+
+
+def check_hole_conv2d(
+    base: Tensor,
+    windows: Tensor | None,
+    extents: Tensor,
+    origins: Tensor,
+    cells: Tensor,
+    ratio: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    negative_slope: float,
+) -> None:
+    """Checks the arguments of ``hole_conv2d``, all but the values of the geometry."""
+    op = "hole_conv2d"
+    _check_windows(op, base, windows, extents)
+    require(
+        weight.dim() == 4 and all(size > 0 for size in weight.shape),
+        op,
+        f"weight of shape (K, C, kh, kw), got {list(weight.shape)}",
+    )
+    require(
+        weight.shape[1] == base.shape[1],
+        op,
+        f"weight to have the base's {base.shape[1]} channels, got {weight.shape[1]}",
+    )
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            require(
+                tensor.dtype == base.dtype,
+                op,
+                f"{name} of the base's {dtype_name(base)}, got {dtype_name(tensor)}",
+                TypeError,
+            )
+            require(
+                tensor.device == base.device,
+                op,
+                f"{name} on the base's device {base.device}, got {tensor.device}",
+            )
+    if bias is not None:
+        k = weight.shape[0]
+        require(
+            bias.dim() == 1 and bias.shape[0] == k,
+            op,
+            f"bias of shape ({k},), got {list(bias.shape)}",
+        )
+    wide = torch.float64 if base.dtype == torch.float64 else torch.float32
+    require(
+        ratio.dtype == wide,
+        op,
+        f"ratio to be {str(wide).removeprefix('torch.')}, got {dtype_name(ratio)}",
+        TypeError,
+    )
+    require(
+        ratio.device == base.device,
+        op,
+        f"ratio on the base's device {base.device}, got {ratio.device}",
+    )
+    require(
+        ratio.dim() == extents.dim() + 1 and ratio.shape[:-2] == extents.shape[:-1],
+        op,
+        f"ratio of one window for each of the extents {list(extents.shape)}, got "
+        f"{list(ratio.shape)}",
+    )
+    _check_index(op, "cells", cells, base)
+    require(cells.dim() == 1, op, f"cells of shape (M,), got {list(cells.shape)}")
+    for name, value in (("stride", stride), ("padding", padding), ("dilation", dilation)):
+        _require_pair(op, name, value)
+    for axis in range(2):
+        require(stride[axis] > 0, op, f"stride to be positive, got {stride[axis]}")
+        require(padding[axis] >= 0, op, f"padding not to be negative, got {padding[axis]}")
+        require(dilation[axis] > 0, op, f"dilation to be positive, got {dilation[axis]}")
+    require(
+        negative_slope >= 0, op, f"negative_slope not to be negative, got {negative_slope:g}"
+    )
+    _check_origins(op, origins, extents, base)

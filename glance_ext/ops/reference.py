@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glance_ext.ops._checks import check_aggregate, check_partial_conv2d, memory_format, require
+from glance_ext.ops._checks import (
+    check_aggregate,
+    check_gather_holes,
+    check_hole_conv2d,
+    check_partial_conv2d,
+    memory_format,
+    require,
+)
 
 _CHUNK_ELEMENTS = 1 << 24
 
@@ -98,6 +105,109 @@ def aggregate_patch_scores(
         for start in range(0, image_size[0], chunk)
     ]
     return torch.cat(parts, 1).to(scores.dtype)
+
+
+def gather_holes(
+    base: Tensor,
+    windows: Tensor | None,
+    extents: Tensor,
+    origins: Tensor,
+    tile_size: Sequence[int],
+    fill: float,
+) -> Tensor:
+    """Tiles by pasting every window into a whole map (csrc/hole_windows/hole_windows.h)."""
+    check_gather_holes(base, windows, extents, origins, tile_size)
+    height, width = tile_size
+    margin = max(height, width)
+    maps = F.pad(_paste(base, windows, extents), (margin,) * 4, value=fill)
+    lowest = torch.tensor([-margin, -margin], device=base.device)
+    highest = torch.tensor(base.shape[2:], device=base.device)
+    # Beyond the margin there is only fill, wherever the tile stands.
+    at = _for_each_window(origins, base).long().clamp(lowest, highest) + margin
+    tiles = [
+        maps[n, p, :, y : y + height, x : x + width]
+        for n, rows in enumerate(at.tolist())
+        for p, (y, x) in enumerate(rows)
+    ]
+    if not tiles:
+        return base.new_empty((*maps.shape[:3], height, width))
+    return torch.stack(tiles).unflatten(0, maps.shape[:2])
+
+
+def hole_conv2d(
+    base: Tensor,
+    windows: Tensor | None,
+    extents: Tensor,
+    origins: Tensor,
+    cells: Tensor,
+    ratio: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    negative_slope: float,
+) -> Tensor:
+    """One layer by convolving whole maps, one for each hole (csrc/hole_windows/hole_windows.h)."""
+    check_hole_conv2d(
+        base,
+        windows,
+        extents,
+        origins,
+        cells,
+        ratio,
+        weight,
+        bias,
+        stride,
+        padding,
+        dilation,
+        negative_slope,
+    )
+    maps = _paste(base, windows, extents).to(ratio.dtype)
+    n, p = maps.shape[:2]
+    k, (height, width) = weight.shape[0], ratio.shape[-2:]
+    at = _for_each_window(origins, base).long()
+    margins: list[int] = []  # as F.pad wants them, so that every window is inside
+    for axis in (1, 0):
+        first = min(0, int(at[..., axis].min())) if at.numel() else 0
+        last = int(at[..., axis].max()) + ratio.shape[axis - 2] - 1 if at.numel() else 0
+        reach = dilation[axis] * (weight.shape[2 + axis] - 1) + 1
+        end = last * stride[axis] - padding[axis] + reach
+        margins += [padding[axis] - first * stride[axis], max(0, end - base.shape[2 + axis])]
+        at[..., axis] -= first
+    whole = F.conv2d(
+        F.pad(maps.flatten(0, 1), margins),
+        weight.to(ratio.dtype),
+        None,
+        tuple(stride),
+        0,
+        tuple(dilation),
+    ).unflatten(0, (n, p))
+    output = whole.new_zeros((n, p, k, height, width))
+    for i, rows in enumerate(at.tolist()):
+        for j, (y, x) in enumerate(rows):
+            output[i, j] = whole[i, j, :, y : y + height, x : x + width]
+    scale = (ratio if ratio.dim() == 4 else ratio.expand(n, -1, -1, -1))[:, :, None]
+    output = output * scale
+    if bias is not None:
+        output = output + bias.to(ratio.dtype)[:, None, None]
+    output = F.leaky_relu(output, negative_slope) if negative_slope != 0 else F.relu(output)
+    return torch.where(scale != 0, output, 0).to(base.dtype)
+
+
+def _for_each_window(rows: Tensor, base: Tensor) -> Tensor:
+    """Geometry ``(P, ...)`` or ``(N, P, ...)`` as ``(N, P, ...)``."""
+    return rows if rows.dim() == 3 else rows.expand(base.shape[0], *rows.shape)
+
+
+def _paste(base: Tensor, windows: Tensor | None, extents: Tensor) -> Tensor:
+    """Whole maps ``(N, P, C, H, W)``: the base with each hole's window in its place."""
+    maps = base[:, None].repeat(1, extents.shape[-2], 1, 1, 1)
+    for n, rows in enumerate(_for_each_window(extents, base).tolist()):
+        for p, (y, x, height, width) in enumerate(rows):
+            window = 0 if windows is None else windows[n, p, :, :height, :width]
+            maps[n, p, :, y : y + height, x : x + width] = window
+    return maps
 
 
 def _aggregate_rows(

@@ -80,12 +80,12 @@ def _partial_conv(
     return make
 
 
-def _without_bias(
-    make: Callable[[str, torch.dtype, int, int], list[Any]],
+def _without(
+    position: int, make: Callable[[str, torch.dtype, int, int], list[Any]]
 ) -> Callable[[str, torch.dtype, int, int], list[Any]]:
     def changed(*key: Any) -> list[Any]:
         arguments = make(*key)
-        arguments[3] = None
+        arguments[position] = None
         return arguments
 
     return changed
@@ -145,10 +145,107 @@ def _patch_scores_backward(
     return changed
 
 
+def _holes(
+    *, own: bool = False, with_windows: bool = True, seed: int = 0, batch: int = 2
+) -> dict[str, Tensor | None]:
+    """Three holes in maps of 9x8: at a corner, inside, and at the far corner, whose next windows
+    overlap, stand over the map's end, and have cells that are not computed."""
+    random = torch.Generator().manual_seed(seed)
+
+    def each(rows: Tensor) -> Tensor:
+        return rows.expand(batch, *rows.shape).contiguous() if own else rows
+
+    extents = torch.tensor([[0, 0, 3, 2], [2, 3, 4, 3], [6, 4, 3, 4]], dtype=torch.int32)
+    origins = torch.tensor([[0, 0], [1, 2], [3, 2]], dtype=torch.int32)
+    ratio = each(torch.rand(3, 4, 3, generator=random, dtype=torch.float64) + 0.5)
+    ratio = torch.where(torch.rand(ratio.shape, generator=random) < 0.7, ratio, 0)
+    windows = torch.randn(batch, 3, 4, 4, 4, generator=random, dtype=torch.float64)
+    return {
+        "base": torch.randn(batch, 4, 9, 8, generator=random, dtype=torch.float64),
+        "windows": windows if with_windows else None,
+        "extents": each(extents),
+        "origins": each(origins),
+        "ratio": ratio,
+        "cells": ratio.flatten().nonzero().flatten().to(torch.int32),
+        "weight": torch.randn(5, 4, 3, 2, generator=random, dtype=torch.float64),
+        "bias": torch.randn(5, generator=random, dtype=torch.float64),
+    }
+
+
+_HOLE_GEOMETRY = ([2, 1], [1, 1], [1, 2])
+
+
+def _moved_holes(
+    holes: dict[str, Tensor | None], names: str, device: str, dtype: torch.dtype
+) -> list[Any]:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    moved: list[Any] = []
+    for name in names.split():
+        tensor = holes[name]
+        if tensor is not None:
+            target = wide if name == "ratio" else dtype
+            tensor = tensor.to(device, target if tensor.is_floating_point() else tensor.dtype)
+        moved.append(tensor)
+    return moved
+
+
+def _gather_holes(
+    **form: bool,
+) -> Callable[[str, torch.dtype, int, int], list[Any]]:
+    def make(device: str, dtype: torch.dtype, seed: int, batch: int) -> list[Any]:
+        holes = _holes(seed=seed, batch=batch, **form)
+        assert holes["origins"] is not None
+        holes["origins"] = holes["origins"] * 3 - 2  # also outside of the map
+        moved = _moved_holes(holes, "base windows extents origins", device, dtype)
+        return [*moved, [5, 4], -1.5]
+
+    return make
+
+
+def _gather_holes_backward(
+    make: Callable[[str, torch.dtype, int, int], list[Any]],
+) -> Callable[[str, torch.dtype, int, int], list[Any]]:
+    def changed(device: str, dtype: torch.dtype, seed: int, batch: int) -> list[Any]:
+        base, windows, extents, origins, tile, _ = make(device, dtype, seed, batch)
+        random = torch.Generator().manual_seed(seed + 1000)
+        grad = torch.randn(batch, 3, 4, *tile, generator=random, dtype=torch.float64)
+        return [grad.to(device, dtype), base, windows, extents, origins, [True, True]]
+
+    return changed
+
+
+def _hole_conv(
+    slope: float = 0.1, **form: bool
+) -> Callable[[str, torch.dtype, int, int], list[Any]]:
+    def make(device: str, dtype: torch.dtype, seed: int, batch: int) -> list[Any]:
+        holes = _holes(seed=seed, batch=batch, **form)
+        names = "base windows extents origins cells ratio weight bias"
+        return [*_moved_holes(holes, names, device, dtype), *_HOLE_GEOMETRY, slope]
+
+    return make
+
+
+def _hole_conv_backward(
+    make: Callable[[str, torch.dtype, int, int], list[Any]], output_mask: list[bool]
+) -> Callable[[str, torch.dtype, int, int], list[Any]]:
+    def changed(device: str, dtype: torch.dtype, seed: int, batch: int) -> list[Any]:
+        base, windows, extents, origins, cells, ratio, weight, bias, *rest = make(
+            device, dtype, seed, batch
+        )
+        output = torch.ops.glance_ext.hole_conv2d(
+            base, windows, extents, origins, cells, ratio, weight, bias, *rest
+        )
+        random = torch.Generator().manual_seed(seed + 1000)
+        grad = torch.randn(output.shape, generator=random, dtype=torch.float64).to(device, dtype)
+        return [grad, output, base, windows, extents, origins, ratio, weight, *rest, output_mask]
+
+    return changed
+
+
 _IMAGE_MASK = _partial_conv("image", padding=[1, 1])
 _IMAGES_MASK = _partial_conv("images", stride=[2, 1], padding=[1, 0])
 _CHANNELS_MASK = _partial_conv("channels", groups=2, padding=[1, 2], dilation=[1, 2])
-_SHARED_CHANNELS_MASK = _without_bias(_partial_conv("one of channels"))
+_SHARED_CHANNELS_MASK = _without(3, _partial_conv("one of channels"))
 _CONV = {"differentiable": (0, 2, 3), "lowered": (0, 2, 3)}
 _CONV_WITHOUT_BIAS = {"differentiable": (0, 2), "lowered": (0, 2)}
 
@@ -205,3 +302,45 @@ CASES.append(
         batched=(0,),
     )
 )
+
+_SHARED_HOLES = {"with_windows": False}
+_OWN_HOLES = {"own": True}
+CASES += [
+    Case("gather_holes", "holes", _gather_holes(**_SHARED_HOLES), (0,), batched=(0,)),
+    Case("gather_holes", "windows", _gather_holes(), (0, 1), batched=(0, 1)),
+    Case("gather_holes", "own", _gather_holes(**_OWN_HOLES), (0, 1), batched=(0, 1, 2, 3)),
+    Case(
+        "gather_holes_backward",
+        "holes",
+        _gather_holes_backward(_gather_holes(**_SHARED_HOLES)),
+        batched=(0, 1),
+    ),
+    Case(
+        "gather_holes_backward",
+        "windows",
+        _gather_holes_backward(_gather_holes()),
+        batched=(0, 1, 2),
+    ),
+    Case("hole_conv2d", "holes", _hole_conv(**_SHARED_HOLES), (0, 6, 7), batched=(0,)),
+    Case("hole_conv2d", "windows relu", _hole_conv(0.0), (0, 1, 6, 7), batched=(0, 1)),
+    Case(
+        "hole_conv2d",
+        "windows no activation no bias",
+        _without(7, _hole_conv(1.0)),
+        (0, 1, 6),
+        batched=(0, 1),
+    ),
+    Case(
+        "hole_conv2d_backward",
+        "windows",
+        _hole_conv_backward(_hole_conv(), [True] * 4),
+        batched=(0, 1, 2, 3),
+        summed_by_torch=(2,),
+    ),
+    Case(
+        "hole_conv2d_backward",
+        "holes base only",
+        _hole_conv_backward(_hole_conv(**_SHARED_HOLES), [True, False, False, False]),
+        batched=(0, 1, 2),
+    ),
+]

@@ -30,6 +30,13 @@ def images_of(arguments: list[Any]) -> dict[int, Tensor]:
     return {i: tensor for i, tensor in tensors_of(arguments).items() if tensor.dim() == 4}
 
 
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether channels are the fastest dimension, also of windows ``(N, P, C, h, w)``."""
+    if tensor.dim() == 5:
+        tensor = tensor.flatten(0, 1)
+    return tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 def replaced(arguments: list[Any], changes: dict[int, Any]) -> list[Any]:
     return [changes.get(i, value) for i, value in enumerate(arguments)]
 
@@ -227,13 +234,13 @@ def test_channels_last_is_kept_and_changes_nothing(case: Case, device: str) -> N
     changed = replaced(arguments, last)
     results = case.call(changed)
     assert_all_close(results, case.call(arguments))
-    assert results[0].is_contiguous(memory_format=torch.channels_last)
+    assert is_channels_last(results[0])
     if case.differentiable:
         grads = gradients(case, with_gradients(case, changed))
         assert_all_close(grads, gradients(case, with_gradients(case, arguments)))
         for grad in grads:
-            if grad.dim() == 4:
-                assert grad.is_contiguous(memory_format=torch.channels_last)
+            if grad.dim() >= 4:
+                assert is_channels_last(grad)
 
 
 @every_case
