@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glance_ext.models.initialisation import initialise
-from glance_ext.nn import MaskedMaxPool2d, PartialConv2d
+from glance_ext.nn import HoleFeatures, HolePlan, MaskedMaxPool2d, PartialConv2d
 
 # (kernel, stride, channels) of the partial convolutions behind the pooling (method, section 3.3).
 _LAYERS = ((3, 2, 32), (3, 1, 32), (3, 2, 64), (3, 1, 64), (3, 2, 128), (3, 1, 128), (3, 1, None))
@@ -41,6 +41,53 @@ class GlobalNet(nn.Module):
         self.layers = nn.ModuleList(layers)
         initialise(self)
 
+    def through_holes(self) -> HoleFeatures:
+        """The network as a sequence of layers, for many holes at once (its weights are shared)."""
+        layers: list[nn.Module] = [self.stem, nn.ReLU(), self.pool]
+        for layer in self.layers:
+            layers += [layer, nn.ReLU()]
+        return HoleFeatures(layers[:-1])
+
+    def plan(
+        self,
+        origins: Tensor,
+        patch_size: int,
+        image_size: tuple[int, int],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> HolePlan:
+        """The geometry of holes that stand over patches, for :meth:`shared_features`.
+
+        Args:
+            origins: ``(P, 2)`` or ``(N, P, 2)``, row and column of each patch's first pixel.
+            patch_size: Side in pixels.
+            image_size: Height and width in pixels.
+            device: Of the images to come.
+            dtype: Of the images to come.
+        """
+        holes = self.through_holes()
+        return holes.plan(image_size, patch_size, origins, device=device, dtype=dtype)
+
+    def shared_features(self, images: Tensor, plan: HolePlan) -> Tensor:
+        """``Z_g`` of every patch of every image, equal to :meth:`forward` patch by patch.
+
+        One pass without holes and, for each hole, only the cells that it changes.
+
+        Args:
+            images: ``(N, 3, 256, 256)``, normalised.
+            plan: From :meth:`plan`.
+
+        Returns:
+            Global features ``(N, P, n)``.
+
+        Raises:
+            ValueError: The images do not shrink to one feature each.
+        """
+        x = self.through_holes()(images, plan)
+        self._check_size(x, images)
+        return x.flatten(2)
+
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """Describes what the masked pixels' surroundings predict.
 
@@ -61,12 +108,15 @@ class GlobalNet(nn.Module):
             x, mask = layer(x, mask)
             x = F.relu(x)
         x, mask = self.layers[-1](x, mask)
+        self._check_size(x, images)
+        return x.flatten(1)
+
+    def _check_size(self, x: Tensor, images: Tensor) -> None:
         if x.shape[-2:] != (1, 1):
             raise ValueError(
                 f"GlobalNet: expected images of {self.IMAGE_SIZE}x{self.IMAGE_SIZE} pixels, got "
                 f"{images.shape[-2]}x{images.shape[-1]}"
             )
-        return x.flatten(1)
 
 
 def hole_masks(origins: Tensor, patch_size: int, image_size: tuple[int, int]) -> Tensor:

@@ -373,7 +373,5 @@ def check_hole_conv2d(
         require(stride[axis] > 0, op, f"stride to be positive, got {stride[axis]}")
         require(padding[axis] >= 0, op, f"padding not to be negative, got {padding[axis]}")
         require(dilation[axis] > 0, op, f"dilation to be positive, got {dilation[axis]}")
-    require(
-        negative_slope >= 0, op, f"negative_slope not to be negative, got {negative_slope:g}"
-    )
+    require(negative_slope >= 0, op, f"negative_slope not to be negative, got {negative_slope:g}")
     _check_origins(op, origins, extents, base)

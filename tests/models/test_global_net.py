@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from glance_ext.data.grid import patch_grid
 from glance_ext.models.global_net import GlobalNet, hole_masks
 
 
@@ -99,3 +100,60 @@ def test_hole_masks_are_zero_on_rows_and_columns_in_that_order() -> None:
         expected = torch.ones(24, 44, dtype=torch.bool)
         expected[row : row + 5, column : column + 5] = False
         assert torch.equal(mask[0], expected)
+
+
+def with_biases(features: int) -> GlobalNet:
+    """A new network whose biases are not zero, so that a bias at a wrong cell shows."""
+    torch.manual_seed(2)
+    net = GlobalNet(features).eval()
+    for name, value in net.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(value, std=0.2)
+    return net
+
+
+def assert_features_equal_patch_by_patch(
+    net: GlobalNet, images: torch.Tensor, origins: torch.Tensor, patch: int, some: int = 40
+) -> None:
+    """Every hole's feature against a masked pass of its own, on ``some`` of the holes."""
+    size = (images.shape[-2], images.shape[-1])
+    dtype = images.dtype
+    with torch.no_grad():
+        features = net.shared_features(images, net.plan(origins, patch, size, dtype=dtype))
+        assert features.shape == (len(images), len(origins), net.features)
+        last = len(origins) - 1
+        corners = [0, last, int((origins[:, 0] == 0).sum()) - 1]
+        picks = torch.cat((torch.tensor(corners), torch.randperm(len(origins))[:some]))
+        masks = hole_masks(origins[picks], patch, size)
+        for image, found in zip(images, features, strict=True):
+            expected = torch.cat(
+                [net(image[None].expand(len(m), -1, -1, -1), m) for m in masks.split(8)]
+            )
+            error = (found[picks] - expected).abs().max() / expected.abs().max()
+            assert float(error) <= (1e-5 if dtype == torch.float32 else 1e-13)
+
+
+@pytest.mark.parametrize("grid", ["paper", "4", "7"])
+def test_shared_features_equal_masked_passes(grid: str) -> None:
+    images = torch.randn(1, 3, 256, 256)
+    assert_features_equal_patch_by_patch(with_biases(32), images, patch_grid(grid).origins, 33)
+
+
+@pytest.mark.parametrize(("size", "patch"), [((256, 256), 17), ((262, 257), 65), ((259, 270), 33)])
+def test_shared_features_equal_masked_passes_for_other_sizes(
+    size: tuple[int, int], patch: int
+) -> None:
+    random = torch.Generator().manual_seed(3)
+    last = torch.tensor(size) - patch
+    origins = (torch.rand(60, 2, generator=random) * (last + 1)).long()
+    origins[0], origins[-1] = torch.zeros(2), last
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    net = with_biases(8).double()
+    assert_features_equal_patch_by_patch(net, images, origins, patch, some=10)
+
+
+def test_shared_features_of_a_wrong_image_size_are_an_error() -> None:
+    net = GlobalNet(8)
+    with pytest.raises(ValueError, match="expected images of 256x256 pixels, got 384x384"):
+        plan = net.plan(torch.tensor([[0, 0]]), 33, (384, 384))
+        net.shared_features(torch.zeros(1, 3, 384, 384), plan)
