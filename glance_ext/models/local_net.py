@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from glance_ext.models.initialisation import initialise
+from glance_ext.models.local_plan import LocalPlan
 
 LEAKY_SLOPE = 0.005
 
@@ -61,6 +64,45 @@ class LocalNet(nn.Module):
                 f"{patches.shape[-2]}x{patches.shape[-1]}"
             )
         return features.flatten(1)
+
+    def plan(
+        self,
+        row_starts: Sequence[int],
+        column_starts: Sequence[int] | None = None,
+        patch_size: int = 33,
+    ) -> LocalPlan:
+        """Plans how :meth:`dense` describes the patches of a grid; good for every image.
+
+        Args:
+            row_starts: First rows of the patches, ascending.
+            column_starts: First columns of the patches, ascending; the same without.
+            patch_size: Side of a patch in pixels.
+
+        Raises:
+            ValueError: The starts are not ascending, or patches do not shrink to one feature each.
+        """
+        columns = row_starts if column_starts is None else column_starts
+        return LocalPlan(self.layers, row_starts, columns, patch_size)
+
+    def dense(
+        self, images: Tensor, plan: LocalPlan | tuple[Sequence[int], Sequence[int]]
+    ) -> Tensor:
+        """Describes every patch of a grid; neighbours share their convolutions.
+
+        Args:
+            images: ``(N, 3, H, W)``, normalised, of any size that holds the patches.
+            plan: The grid, from :meth:`plan`, or its row and column starts.
+
+        Returns:
+            Local features ``(N, P, n)`` of the patches row by row: those that the patches alone
+            would have, but for rounding.
+
+        Raises:
+            ValueError: A patch lies outside of the images, or the plan is for another network.
+        """
+        if not isinstance(plan, LocalPlan):
+            plan = self.plan(*plan)
+        return plan(self.layers, images)
 
     @torch.no_grad()
     def standardise(self, mean: Tensor, std: Tensor, decoder: Decoder | None = None) -> None:
