@@ -60,3 +60,18 @@ def test_all_patches_of_all_images_score_as_each_does_alone(model: Glance, batch
 def test_higher_log_odds_mean_higher_distortion(model: Glance) -> None:
     scores = model.score_patches(torch.rand(1, 3, 256, 256), ORIGINS)
     torch.testing.assert_close(scores.distortion, torch.sigmoid(scores.log_odds))
+
+
+@pytest.mark.parametrize("starts", [(0, 4, 8, 100, 223), (3, 17, 223), (50,)])
+def test_a_grid_scores_as_its_patches_do_one_by_one(model: Glance, starts: tuple[int, ...]) -> None:
+    images = torch.rand(2, 3, 256, 256)
+    columns = (1, 90, 222)
+    plan = model.plan(starts, columns)
+    assert len(plan) == 3 * len(starts)
+    origins = torch.cartesian_prod(torch.tensor(starts), torch.tensor(columns)).reshape(-1, 2)
+    shared = model.score_grid(images, plan)
+    alone = model.score_patches(images, origins)
+    for name in ("inconsistency", "distortion", "log_odds"):
+        torch.testing.assert_close(
+            getattr(shared, name), getattr(alone, name), rtol=2e-5, atol=2e-5
+        )
