@@ -79,8 +79,8 @@ class WindowConv {
         window_cells_(p.out_height * p.out_width),
         group_(std::clamp<int64_t>(kTileBytes / (plan.tile_size(p) * int64_t(sizeof(C))), 1,
                                    kMostWindows)),
-        // A strip may reach beyond the last cell's own pixels: its results there go nowhere.
-        tiles_(new C[group_ * plan.tile_size(p) + plan.strip_step(p) * plan.kernel.strip]()),
+        // Not cleared: a strip may reach beyond its last cell, but its results there go nowhere.
+        tiles_(new C[group_ * plan.tile_size(p) + plan.strip_step(p) * plan.kernel.strip]),
         bias_(plan.panels(p) * plan.kernel.columns) {
     for (int64_t k = 0; p.bias && k < p.out_channels; ++k) {
       bias_[k] = widen(static_cast<const T*>(p.bias)[k]);
@@ -111,17 +111,22 @@ class WindowConv {
     const int32_t* cells_end = std::lower_bound(cell, all, (g + 1) * window_cells_);
     int64_t cleared = 0;  // cells before this one are computed or zero
     const auto clear_until = [&](int64_t at) {
-      std::fill(output + cleared * p_.out_channels, output + at * p_.out_channels, T{});
+      if (at > cleared) {
+        std::fill(output + cleared * p_.out_channels, output + at * p_.out_channels, T{});
+      }
       cleared = at + 1;
     };
     if (cell == cells_end) return clear_until(window_cells_);
     const int64_t first = (*cell - g * window_cells_) / p_.out_width;
     const int64_t final = (cells_end[-1] - g * window_cells_) / p_.out_width;
+    int64_t y = first, row_begin = first * p_.out_width;
     int64_t columns = 0;  // how far to the right the window's cells go
     const A* ratio = static_cast<const A*>(p_.ratio);
     int64_t strip_left = 0, expected = -1;  // what the last strip still takes, and where from
     for (; cell < cells_end; ++cell) {
-      const int64_t at = *cell - g * window_cells_, y = at / p_.out_width, x = at % p_.out_width;
+      const int64_t at = *cell - g * window_cells_;
+      for (; at >= row_begin + p_.out_width; row_begin += p_.out_width) ++y;
+      const int64_t x = at - row_begin;
       if (strip_left == 0 || at != expected || x == 0) {
         close_strip(strip_left);
         strips_.push_back(tile +
@@ -143,9 +148,9 @@ class WindowConv {
     const int64_t left = origin[1] * p_.stride[1] - p_.padding[1];
     const int64_t tile_end = final * p_.stride[0] + (p_.kernel[0] - 1) * p_.dilation[0] + 1;
     const int64_t width = (columns - 1) * p_.stride[1] + (p_.kernel[1] - 1) * p_.dilation[1] + 1;
-    for (int64_t y = first * p_.stride[0]; y < tile_end; ++y) {
-      copy_row(p_, from, top + y, left, width, C{}, plan_.pitch,
-               tile + y * plan_.tile_width * plan_.pitch);
+    for (int64_t row = first * p_.stride[0]; row < tile_end; ++row) {
+      copy_row(p_, from, top + row, left, width, C{}, plan_.pitch,
+               tile + row * plan_.tile_width * plan_.pitch);
     }
   }
 
@@ -249,6 +254,12 @@ int64_t packed_weight_bytes(const HoleConvParams& params) {
 int64_t weight_panels(const HoleConvParams& params) {
   int64_t count = 0;
   with_plan(params, [&](const auto& plan) { count = plan.panels(params); });
+  return count;
+}
+
+int64_t channel_padding(const HoleConvParams& params) {
+  int64_t count = 0;
+  with_plan(params, [&](const auto& plan) { count = plan.pitch - params.channels; });
   return count;
 }
 

@@ -108,6 +108,7 @@ void scatter_base_cpu(const HoleGatherBackwardParams& params, int64_t begin, int
 // The convolution reads weights in the order of its inner loop: pack them first, then convolve.
 int64_t packed_weight_bytes(const HoleConvParams& params);
 int64_t weight_panels(const HoleConvParams& params);
+int64_t channel_padding(const HoleConvParams& params);  // zero channels that would spare copies
 void pack_weight_cpu(const HoleConvParams& params, int64_t begin, int64_t end);  // of the panels
 void hole_conv_cpu(const HoleConvParams& params, int64_t begin, int64_t end);    // of N * P
 

@@ -1,6 +1,7 @@
 // Tensors -> Hole*Params -> kernels, for glance_ext::gather_holes, hole_max_pool2d, hole_conv2d and
 // their backwards.
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/max_pool2d_with_indices.h>
@@ -252,9 +253,10 @@ at::Tensor hole_max_pool2d(const at::Tensor& base, const std::optional<at::Tenso
       new_windows(base, p.batch, p.holes, p.channels, p.out_height, p.out_width);
   if (output.numel() == 0) return output;
   p.output = output.mutable_data_ptr();
-  run_kernel(base, p, p.window_count(),
-             grain_size(p.kernel[0] * p.kernel[1] * p.out_height * p.out_width * p.channels),
-             hole_max_pool_cpu, GLANCE_CUDA(hole_max_pool_cuda));
+  run_kernel_in_blocks(
+      base, p, p.window_count(),
+      grain_size(p.kernel[0] * p.kernel[1] * p.out_height * p.out_width * p.channels),
+      hole_max_pool_cpu, GLANCE_CUDA(hole_max_pool_cuda));
   return output;
 }
 
@@ -388,6 +390,14 @@ at::Tensor hole_conv2d(const at::Tensor& base, const std::optional<at::Tensor>& 
   HoleConvParams p = checked_conv(base, windows, extents, cells, ratio, weight, bias, stride,
                                   padding, dilation, negative_slope);
   const DeviceGuard guard(base);
+  const int64_t missing = base.is_cpu() && !windows.has_value() ? channel_padding(p) : 0;
+  if (missing > 0) {  // once here, instead of each pixel for each hole
+    const auto padded = [&](const at::Tensor& tensor) {
+      return at::constant_pad_nd(tensor, {0, 0, 0, 0, 0, missing});
+    };
+    return hole_conv2d(padded(base), windows, extents, origins, cells, ratio, padded(weight), bias,
+                       stride, padding, dilation, negative_slope);
+  }
   const Workspace work = bind_inputs(kConv, p, base, windows, extents, origins, p.origins);
   const at::Tensor of_cells = cells.contiguous(), of_ratio = ratio.contiguous();
   const at::Tensor of_weight = weight.contiguous();
@@ -407,7 +417,7 @@ at::Tensor hole_conv2d(const at::Tensor& base, const std::optional<at::Tensor>& 
     p.packed = packed.mutable_data_ptr();
     run_kernel(base, p, weight_panels(p), 1, pack_weight_cpu, GLANCE_CUDA(hole_conv_cuda));
   }
-  run_kernel(base, p, p.window_count(), 1, hole_conv_cpu, GLANCE_CUDA(hole_conv_cuda));
+  run_kernel_in_blocks(base, p, p.window_count(), 4, hole_conv_cpu, GLANCE_CUDA(hole_conv_cuda));
   return output;
 }
 
