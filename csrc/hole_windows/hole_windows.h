@@ -46,6 +46,10 @@ struct HoleWindowsParams {
   const void* base = nullptr;        // (N, H, W, C)
   const void* windows = nullptr;     // (N * P, h, w, C), or null: the extent is the hole itself
 
+  // A caller that keeps the windows of a few holes only says which is the first in memory.
+  int64_t first_window = 0;
+  int64_t first_output = 0;
+
   GLANCE_HOST_DEVICE int64_t window_count() const { return batch * holes; }
 };
 
@@ -84,9 +88,9 @@ struct HoleConvParams : HoleWindowsParams {
   void* packed = nullptr;            // packed_weight_bytes(): workspace
 };
 
-// The greatest value in each cell's window of the composed input, for every cell of the next window;
-// outside of the map nothing counts, and a cell that sees nothing else is -infinity. NaN is the
-// greatest of all.
+// The greatest value in each cell's window of the composed input, for every cell of the next
+// window; outside of the map nothing counts, and a cell that sees nothing else is -infinity. NaN is
+// the greatest of all.
 struct HolePoolParams : HoleWindowsParams {
   int64_t out_height = 0;  // ho, of the next window
   int64_t out_width = 0;   // wo
@@ -111,6 +115,26 @@ int64_t weight_panels(const HoleConvParams& params);
 int64_t channel_padding(const HoleConvParams& params);  // zero channels that would spare copies
 void pack_weight_cpu(const HoleConvParams& params, int64_t begin, int64_t end);  // of the panels
 void hole_conv_cpu(const HoleConvParams& params, int64_t begin, int64_t end);    // of N * P
+
+// One layer of a sequence: a convolution, or where it has no weight a max-pooling.
+struct HoleLayer {
+  HoleConvParams conv;
+  HolePoolParams pool;
+
+  bool is_pool() const { return conv.weight == nullptr; }
+  const HoleWindowsParams& input() const {
+    return is_pool() ? static_cast<const HoleWindowsParams&>(pool) : conv;
+  }
+  // Of one window, its output's elements.
+  int64_t output_size() const {
+    return is_pool() ? pool.out_height * pool.out_width * pool.channels
+                     : conv.out_height * conv.out_width * conv.out_channels;
+  }
+};
+
+// Windows [begin, end) of N * P through all `count` layers, a few at a time, so that what lies
+// between the layers stays in the cache. Only the last layer's output is memory of the caller.
+void hole_sequence_cpu(const HoleLayer* layers, int64_t count, int64_t begin, int64_t end);
 
 // CUDA launchers: asynchronous on `stream` (a cudaStream_t), returning a cudaError_t as an int.
 int gather_holes_cuda(const HoleGatherParams& params, void* stream);

@@ -82,6 +82,7 @@ class HoleGeometry:
         steps: One for each layer.
         extents: ``(..., P, 4)`` int32: each hole's window in the last layer's output.
         output_size: Height and width of the last layer's output.
+        reaches_all: Whether each of these windows is the whole output.
         full_from: The first layer whose input has no missing cell any more, for any hole; the
             number of layers if there is none.
     """
@@ -89,6 +90,7 @@ class HoleGeometry:
     steps: tuple[HoleStep, ...]
     extents: Tensor
     output_size: tuple[int, int]
+    reaches_all: bool
     full_from: int
 
 
@@ -164,6 +166,9 @@ def plan_geometry(
         tuple(steps),
         _stack(axes, shape, "first", "count"),
         (axes[0].length, axes[1].length),
+        all(
+            bool((axis.count == axis.length).all()) and _most(axis) == axis.length for axis in axes
+        ),
         full_from,
     )
 
@@ -176,8 +181,11 @@ def _first_axis(starts: Tensor, hole: int, length: int) -> _Axis:
 
 
 def _next_axis(axis: _Axis, layer: LayerShape, i: int) -> tuple[_Axis, Tensor, Tensor]:
-    """The axis behind a layer, and for each of its cells how many of its window's rows are inside
-    the map ``(length,)`` and how many of these are missing ``(U, length)``."""
+    """The axis behind a layer, and what each of its cells sees.
+
+    That is how many of its window's rows are inside the map ``(length,)``, and how many of these
+    are missing ``(U, length)``.
+    """
     length = layer.output_length(axis.length, i)
     taps = (
         torch.arange(length)[:, None] * layer.stride[i]
@@ -219,8 +227,10 @@ def _per_cell(
     axes: Sequence[_Axis],
     size: tuple[int, int],
 ) -> Tensor:
-    """Valid pixels in the window of each cell of each hole's window ``(holes, *size)``; -1 outside
-    of the hole's reach."""
+    """Valid pixels in what each cell of each hole's window sees ``(holes, *size)``.
+
+    -1 outside of the hole's reach.
+    """
     parts = []
     for axis, inside, hidden, length in zip(axes, present, missing, size, strict=True):
         offset = torch.arange(length)
