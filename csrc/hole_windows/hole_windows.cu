@@ -1,3 +1,5 @@
+#include <initializer_list>
+
 #include "common/cuda_scalar.cuh"
 #include "hole_windows/hole_windows.h"
 #include "hole_windows/hole_windows_tile.h"
@@ -57,35 +59,6 @@ __global__ void scatter_base_kernel(HoleGatherBackwardParams p, I count) {
   }
 }
 
-template <typename T, typename I>
-__global__ void conv_kernel(HoleConvParams p, I count) {
-  using A = accumulate_t<T>;
-  const I columns = static_cast<I>(p.out_channels), channels = static_cast<I>(p.channels);
-  const int kernel_width = static_cast<int>(p.kernel[1]);
-  const int taps = static_cast<int>(p.kernel[0]) * kernel_width;
-  const T* base = static_cast<const T*>(p.base);
-  const T* windows = static_cast<const T*>(p.windows);
-  const T* bias = static_cast<const T*>(p.bias);
-  GLANCE_GRID_STRIDE(I, index, count) {
-    const I k = index % columns;
-    const ConvRow<I> row = conv_row<I>(p, index / columns);
-    if (row.window < 0) continue;
-    const T* weight = static_cast<const T*>(p.weight) + static_cast<int64_t>(k) * channels * taps;
-    A sum = 0;
-    for (int tap = 0; tap < taps; ++tap) {
-      const Pixel<I> pixel =
-          composed_pixel<I>(p, row.window, row.y + tap / kernel_width * p.dilation[0],
-                            row.x + tap % kernel_width * p.dilation[1]);
-      if (pixel.source != Source::kBase && pixel.source != Source::kWindow) continue;
-      const T* input = (pixel.source == Source::kBase ? base : windows) + pixel.index * channels;
-      for (I c = 0; c < channels; ++c) sum += load(input + c) * load(weight + c * taps + tap);
-    }
-    A value = sum * static_cast<const A*>(p.ratio)[row.cell] + (bias ? load(bias + k) : A(0));
-    if (value < A(0)) value = p.negative_slope == 0 ? A(0) : value * A(p.negative_slope);
-    store(static_cast<T*>(p.output) + row.output * columns + k, value);
-  }
-}
-
 int element_bytes(ScalarType dtype) {
   int bytes = 0;
   dispatch_cpu(dtype, [&](auto tag) { bytes = sizeof(typename decltype(tag)::type); });
@@ -105,9 +78,11 @@ Chunk repeated(ScalarType dtype, double fill) {
   return chunk;
 }
 
-// Calls `body` with the widest chunk that divides `bytes`, a multiple of two.
+// Calls `body` with the widest chunk that divides `bytes`, a multiple of two, and where everything
+// begins: a tensor may be a slice of another.
 template <typename Body>
-void dispatch_chunk(int64_t bytes, Body&& body) {
+void dispatch_chunk(int64_t bytes, std::initializer_list<const void*> pointers, Body&& body) {
+  for (const void* pointer : pointers) bytes |= reinterpret_cast<intptr_t>(pointer);
   if (bytes % 16 == 0) return body(TypeTag<uint4>{});
   if (bytes % 8 == 0) return body(TypeTag<uint2>{});
   if (bytes % 4 == 0) return body(TypeTag<uint32_t>{});
@@ -135,7 +110,7 @@ int gather_holes_cuda(const HoleGatherParams& params, void* stream) {
   const int64_t cells = params.window_count() * params.tile_height * params.tile_width;
   const int64_t bytes = params.channels * element_bytes(params.dtype);
   if (cells * bytes == 0) return cudaSuccess;
-  dispatch_chunk(bytes, [&](auto chunk_tag) {
+  dispatch_chunk(bytes, {params.base, params.windows, params.tiles}, [&](auto chunk_tag) {
     using Chunk = typename decltype(chunk_tag)::type;
     const int64_t chunks = bytes / static_cast<int64_t>(sizeof(Chunk));
     const int64_t most = larger(input_elements(params), cells * params.channels);
@@ -157,7 +132,7 @@ int scatter_holes_cuda(const HoleGatherBackwardParams& params, void* stream) {
   const int64_t cells = params.window_count() * params.window_height * params.window_width;
   const int64_t bytes = params.channels * element_bytes(params.dtype);
   if (params.grad_windows && cells > 0) {
-    dispatch_chunk(bytes, [&](auto chunk_tag) {
+    dispatch_chunk(bytes, {params.grad_tiles, params.grad_windows}, [&](auto chunk_tag) {
       using Chunk = typename decltype(chunk_tag)::type;
       const int64_t chunks = bytes / static_cast<int64_t>(sizeof(Chunk));
       dispatch_index(most, [&](auto index_tag) {
@@ -180,22 +155,6 @@ int scatter_holes_cuda(const HoleGatherBackwardParams& params, void* stream) {
       });
     });
   }
-  return cudaGetLastError();
-}
-
-int hole_conv_cuda(const HoleConvParams& params, void* stream) {
-  if (params.cell_count == 0) return cudaSuccess;
-  const int64_t count = conv_rows(params) * params.out_channels;
-  const int64_t outputs =
-      params.window_count() * params.out_height * params.out_width * params.out_channels;
-  dispatch_cuda(params.dtype, [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    dispatch_index(larger(input_elements(params), larger(outputs, count)), [&](auto index_tag) {
-      using I = typename decltype(index_tag)::type;
-      conv_kernel<T, I><<<blocks_for(count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
-          params, static_cast<I>(count));
-    });
-  });
   return cudaGetLastError();
 }
 

@@ -1,4 +1,5 @@
 // Tensors -> Hole*Params -> kernels, for glance_ext::gather_holes, hole_conv2d and their backwards.
+#include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
@@ -265,6 +266,7 @@ HoleConvParams checked_conv(const at::Tensor& base, const std::optional<at::Tens
   GLANCE_CHECK_VALUE(negative_slope >= 0, kConv, "negative_slope not to be negative, got ",
                      negative_slope);
   p.negative_slope = negative_slope;
+  p.tf32 = at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);  // as for torch's own
   return p;
 }
 
@@ -300,10 +302,14 @@ at::Tensor hole_conv2d(const at::Tensor& base, const std::optional<at::Tensor>& 
                                         p.out_width, /*zero=*/base.is_cuda());
   if (output.numel() == 0) return output;
   p.output = output.mutable_data_ptr();
-  at::Tensor packed;
+  int64_t bytes = 0;
+#ifdef GLANCE_EXT_WITH_CUDA
+  if (base.is_cuda()) bytes = hole_conv_workspace_bytes(p);
+#endif
+  if (base.is_cpu()) bytes = packed_weight_bytes(p);
+  const at::Tensor packed = at::empty({bytes}, base.options().dtype(at::kByte));
+  p.packed = packed.mutable_data_ptr();
   if (base.is_cpu()) {
-    packed = at::empty({packed_weight_bytes(p)}, base.options().dtype(at::kByte));
-    p.packed = packed.mutable_data_ptr();
     run_kernel(base, p, weight_panels(p), 1, pack_weight_cpu, GLANCE_CUDA(hole_conv_cuda));
   }
   run_kernel(base, p, p.window_count(), 1, hole_conv_cpu, GLANCE_CUDA(hole_conv_cuda));
