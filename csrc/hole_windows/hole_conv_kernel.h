@@ -29,7 +29,7 @@ struct TileMemory {
   static constexpr int kOutputs = kWork;
   static constexpr int kRatios = kOutputs + Tile::kRows * int(sizeof(int64_t));
   static constexpr int kTileRows = kRatios + Tile::kRows * int(sizeof(typename Tile::A));
-  static constexpr int kPlaces = kTileRows + Tile::kRows * int(sizeof(TileRow));
+  static constexpr int kPlaces = kTileRows + Tile::kRows * int(sizeof(WindowRow<int32_t>));
 
   GLANCE_HOST_DEVICE static int64_t bytes(int64_t taps) {
     return kPlaces + taps * Tile::kRows * int64_t(sizeof(int32_t));
@@ -44,7 +44,9 @@ struct TileMemory {
   GLANCE_DEVICE typename Tile::A* ratios() const {
     return reinterpret_cast<typename Tile::A*>(start + kRatios);
   }
-  GLANCE_DEVICE TileRow* rows() const { return reinterpret_cast<TileRow*>(start + kTileRows); }
+  GLANCE_DEVICE WindowRow<int32_t>* rows() const {
+    return reinterpret_cast<WindowRow<int32_t>*>(start + kTileRows);
+  }
   GLANCE_DEVICE int32_t* places() const { return reinterpret_cast<int32_t*>(start + kPlaces); }
 };
 
@@ -57,7 +59,7 @@ GLANCE_DEVICE void find_rows(Warp& warp, const ConvWork& w, int64_t first,
       ConvRow<int64_t> row{-1, 0, 0, 0, 0};
       if (first + r < w.rows) row = conv_row<int64_t>(w.conv, first + r);
       const bool real = row.window >= 0;
-      memory.rows()[r] = tile_row(w.conv, row);
+      memory.rows()[r] = window_row<int32_t>(w.conv, row.window, row.y, row.x);
       memory.outputs()[r] = real ? row.output : -1;
       memory.ratios()[r] = real ? static_cast<const typename Tile::A*>(w.conv.ratio)[row.cell] : 0;
     }
@@ -70,7 +72,7 @@ GLANCE_DEVICE void find_places(Warp& warp, const ConvWork& w, TileMemory<Tile> m
   constexpr int kTapsAtOnce = Tile::kThreads / Tile::kRows;
   warp.lanes([&](int lane) {
     const int thread = warp.index * 32 + lane, r = thread % Tile::kRows;
-    const TileRow row = memory.rows()[r];
+    const WindowRow<int32_t> row = memory.rows()[r];
     const int width = static_cast<int>(w.conv.kernel[1]);
     const int dilation_y = static_cast<int>(w.conv.dilation[0]);
     const int dilation_x = static_cast<int>(w.conv.dilation[1]);
@@ -81,7 +83,7 @@ GLANCE_DEVICE void find_places(Warp& warp, const ConvWork& w, TileMemory<Tile> m
         ++y;
       }
       memory.places()[tap * Tile::kRows + r] =
-          tile_place(w.conv, row, y * dilation_y, x * dilation_x);
+          tap_place(w.conv, row, y * dilation_y, x * dilation_x);
     }
   });
 }
@@ -106,8 +108,8 @@ GLANCE_DEVICE void load_step(Warp& warp, const ConvWork& w, int column_tile, int
     GLANCE_DEVICE_UNROLL
     for (int i = 0; i < Tile::kRows * kPerRow / Tile::kThreads; ++i) {
       const int row = thread / kPerRow + i * (Tile::kThreads / kPerRow);
-      const int32_t place = tap < w.taps ? places[row] : kNowhere;
-      const bool some = place != kNowhere;
+      const int32_t place = tap < w.taps ? places[row] : kOutside<int32_t>;
+      const bool some = place > kHole<int32_t>;
       const char* from = base;
       if (some)
         from = (place >= 0 ? base : windows) + (place >= 0 ? place : ~place) * pixel_bytes + within;

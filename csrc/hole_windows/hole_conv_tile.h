@@ -18,7 +18,6 @@ namespace glance {
 
 constexpr int kStepBytes = 64;   // of each row and column at a time
 constexpr int kDepthBytes = 32;  // that one mma multiplies: 16 values of 2 bytes, 8 of 4
-constexpr int32_t kNowhere = INT32_MIN;
 
 // kTensor multiplies 16-bit floats as they are and float32 as TF32; kPlain float32 and float64.
 enum class Math : int { kTensor, kPlain };
@@ -185,46 +184,6 @@ GLANCE_HOST_DEVICE inline int64_t packed_source(const ConvWork& w, int64_t index
 GLANCE_HOST_DEVICE inline int64_t unpadded(int64_t index, int64_t channels, int64_t padded) {
   const int64_t c = index % padded;
   return c < channels ? index / padded * channels + c : -1;
-}
-
-// What is known of a row of the tile before its pixels are looked for.
-struct TileRow {
-  int32_t y, x;                      // of the first tap's pixel
-  int32_t base, window;              // pixel index of the image's, of the window's first pixel
-  int32_t top, left, height, width;  // the extent
-};
-
-GLANCE_HOST_DEVICE inline int32_t clamped(int64_t value) {
-  constexpr int64_t kFar = 1 << 29;  // outside of any map, and no sum overflows
-  return static_cast<int32_t>(value < -kFar ? -kFar : value > kFar ? kFar : value);
-}
-
-GLANCE_HOST_DEVICE inline TileRow tile_row(const HoleConvParams& p, const ConvRow<int64_t>& row) {
-  if (row.window < 0) return {clamped(INT64_MIN), 0, 0, 0, 0, 0, 0, 0};
-  const int32_t* extent = p.extents + row.window % p.geometry_rows * 4;
-  return {clamped(row.y),
-          clamped(row.x),
-          static_cast<int32_t>(row.window / p.holes * p.height * p.width),
-          static_cast<int32_t>(row.window * p.window_height * p.window_width),
-          clamped(extent[0]),
-          clamped(extent[1]),
-          clamped(extent[2]),
-          clamped(extent[3])};
-}
-
-// composed_pixel() in 32 bits: an index into the base, the complement of one into the windows, or
-// kNowhere, which counts as 0.
-GLANCE_HOST_DEVICE inline int32_t tile_place(const HoleConvParams& p, const TileRow& row,
-                                             int32_t tap_y, int32_t tap_x) {
-  const int32_t y = row.y + tap_y, x = row.x + tap_x;
-  if (y < 0 || y >= p.height || x < 0 || x >= p.width) return kNowhere;
-  const int32_t in_y = y - row.top, in_x = x - row.left;
-  if (in_y >= 0 && in_y < row.height && in_x >= 0 && in_x < row.width) {
-    const bool known = p.windows && in_y < p.window_height && in_x < p.window_width;
-    if (!known) return kNowhere;
-    return ~(row.window + in_y * static_cast<int32_t>(p.window_width) + in_x);
-  }
-  return row.base + y * static_cast<int32_t>(p.width) + x;
 }
 
 struct Cell {

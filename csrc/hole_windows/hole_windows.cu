@@ -1,4 +1,6 @@
+#include <cmath>
 #include <initializer_list>
+#include <type_traits>
 
 #include "common/cuda_scalar.cuh"
 #include "hole_windows/hole_windows.h"
@@ -56,6 +58,46 @@ __global__ void scatter_base_kernel(HoleGatherBackwardParams p, I count) {
       if (from >= 0) sum += load(tiles + from * channels + c);
     }
     store(base + index, sum);
+  }
+}
+
+// As many channels at a time as 16 bytes hold, or one.
+template <typename T, int kCount, typename I>
+__global__ void max_pool_kernel(HolePoolParams p, I count) {
+  using A = accumulate_t<T>;
+  struct alignas(kCount * sizeof(T)) Run {
+    T value[kCount];
+  };
+  const I runs = static_cast<I>(p.channels) / kCount;
+  const I width = static_cast<I>(p.out_width), height = static_cast<I>(p.out_height);
+  const Run* base = static_cast<const Run*>(p.base);
+  const Run* windows = static_cast<const Run*>(p.windows);
+  GLANCE_GRID_STRIDE(I, index, count) {
+    const I c = index % runs, cell = index / runs;
+    const WindowRow<I> row =
+        pool_row<I>(p, cell / width / height, cell / width % height, cell % width);
+    A best[kCount];
+    for (A& value : best) value = -static_cast<A>(INFINITY);
+    for (int y = 0; y < p.kernel[0]; ++y) {
+      for (int x = 0; x < p.kernel[1]; ++x) {
+        const I place = tap_place<I>(p, row, y * static_cast<int>(p.dilation[0]),
+                                     x * static_cast<int>(p.dilation[1]));
+        if (place == kOutside<I>) continue;
+        Run run{};
+        if (place >= 0) {
+          run = base[place * runs + c];
+        } else if (place != kHole<I>) {
+          run = windows[~place * runs + c];
+        }
+        for (int i = 0; i < kCount; ++i) {
+          const A value = load(run.value + i);
+          if (value > best[i] || value != value) best[i] = value;
+        }
+      }
+    }
+    Run result;
+    for (int i = 0; i < kCount; ++i) store(result.value + i, best[i]);
+    static_cast<Run*>(p.output)[index] = result;
   }
 }
 
@@ -155,6 +197,37 @@ int scatter_holes_cuda(const HoleGatherBackwardParams& params, void* stream) {
       });
     });
   }
+  return cudaGetLastError();
+}
+
+int hole_max_pool_cuda(const HolePoolParams& params, void* stream) {
+  const int64_t cells = params.window_count() * params.out_height * params.out_width;
+  if (cells == 0) return cudaSuccess;
+  const int64_t most = larger(input_elements(params), cells * params.channels);
+  dispatch_cuda(params.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto launch = [&](auto channels) {
+      constexpr int kCount = decltype(channels)::value;
+      const int64_t count = cells * (params.channels / kCount);
+      dispatch_index(most, [&](auto index_tag) {
+        using I = typename decltype(index_tag)::type;
+        max_pool_kernel<T, kCount, I>
+            <<<blocks_for(count), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+                params, static_cast<I>(count));
+      });
+    };
+    constexpr int kMost = 16 / sizeof(T);
+    intptr_t places = 0;
+    for (const void* pointer :
+         {params.base, params.windows, static_cast<const void*>(params.output)}) {
+      places |= reinterpret_cast<intptr_t>(pointer);
+    }
+    if (params.channels % kMost == 0 && places % 16 == 0) {
+      launch(std::integral_constant<int, kMost>{});
+    } else {
+      launch(std::integral_constant<int, 1>{});
+    }
+  });
   return cudaGetLastError();
 }
 

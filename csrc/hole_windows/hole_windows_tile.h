@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "hole_windows/hole_windows.h"
 
@@ -31,6 +32,57 @@ GLANCE_HOST_DEVICE inline Pixel<I> composed_pixel(const HoleWindowsParams& p, I 
   }
   const I row = b / static_cast<I>(p.holes) * static_cast<I>(p.height) + static_cast<I>(y);
   return {Source::kBase, row * static_cast<I>(p.width) + static_cast<I>(x)};
+}
+
+// composed_pixel() for many pixels of one window, in as few steps: what is known beforehand.
+template <typename I>
+struct WindowRow {
+  int32_t y, x;                      // of the first tap's pixel
+  I base, window;                    // pixel index of the image's, of the window's first pixel
+  int32_t top, left, height, width;  // the extent
+};
+
+// What tap_place() says of pixels that are read nowhere, below all that it says of others.
+template <typename I>
+inline constexpr I kOutside = std::numeric_limits<I>::min();
+template <typename I>
+inline constexpr I kHole = kOutside<I> + 1;
+
+GLANCE_HOST_DEVICE inline int32_t clamped(int64_t value) {
+  constexpr int64_t kFar = 1 << 29;  // outside of any map, and no sum overflows
+  return static_cast<int32_t>(value < -kFar ? -kFar : value > kFar ? kFar : value);
+}
+
+// Of window b, or for b = -1 one that is nowhere.
+template <typename I>
+GLANCE_HOST_DEVICE inline WindowRow<I> window_row(const HoleWindowsParams& p, int64_t b, int64_t y,
+                                                  int64_t x) {
+  if (b < 0) return {clamped(INT64_MIN), 0, 0, 0, 0, 0, 0, 0};
+  const int32_t* extent = p.extents + b % p.geometry_rows * 4;
+  return {clamped(y),
+          clamped(x),
+          static_cast<I>(b / p.holes * p.height * p.width),
+          static_cast<I>(b * p.window_height * p.window_width),
+          clamped(extent[0]),
+          clamped(extent[1]),
+          clamped(extent[2]),
+          clamped(extent[3])};
+}
+
+// Where the tap's pixel stands: an index into the base, the complement of one into the windows,
+// kHole, or kOutside.
+template <typename I>
+GLANCE_HOST_DEVICE inline I tap_place(const HoleWindowsParams& p, const WindowRow<I>& row,
+                                      int32_t tap_y, int32_t tap_x) {
+  const int32_t y = row.y + tap_y, x = row.x + tap_x;
+  if (y < 0 || y >= p.height || x < 0 || x >= p.width) return kOutside<I>;
+  const int32_t in_y = y - row.top, in_x = x - row.left;
+  if (in_y >= 0 && in_y < row.height && in_x >= 0 && in_x < row.width) {
+    const bool known = p.windows && in_y < p.window_height && in_x < p.window_width;
+    if (!known) return kHole<I>;
+    return ~(row.window + in_y * static_cast<I>(p.window_width) + in_x);
+  }
+  return row.base + y * static_cast<I>(p.width) + x;
 }
 
 // Pixel (y, x) of tile b of gather_holes, in the coordinates of the map.
@@ -103,6 +155,15 @@ GLANCE_HOST_DEVICE inline ConvRow<I> conv_row(const HoleConvParams& p, I row) {
   return {window, cell, window * window_cells + at,
           (origin[0] + int64_t{at / width}) * p.stride[0] - p.padding[0],
           (origin[1] + int64_t{at % width}) * p.stride[1] - p.padding[1]};
+}
+
+// The first tap's pixel of cell (i, j) of window b's next window, in pooling.
+template <typename I>
+GLANCE_HOST_DEVICE inline WindowRow<I> pool_row(const HolePoolParams& p, int64_t b, int64_t i,
+                                                int64_t j) {
+  const int32_t* origin = p.origins + b % p.geometry_rows * 2;
+  return window_row<I>(p, b, (origin[0] + i) * p.stride[0] - p.padding[0],
+                       (origin[1] + j) * p.stride[1] - p.padding[1]);
 }
 
 }  // namespace glance

@@ -3,6 +3,7 @@
 #include "hole_windows/hole_windows.h"
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 #include "emulated_block.h"
@@ -255,6 +256,58 @@ void check_gather(const HoleSizes& sizes, uint64_t seed) {
   }
 }
 
+// --- pooling
+// ---------------------------------------------------------------------------------------
+
+template <typename T, typename I>
+void check_pool(const HoleSizes& sizes, uint64_t seed) {
+  const HoleCase<T> call(sizes, seed);
+  glance::HolePoolParams p;
+  static_cast<glance::HoleWindowsParams&>(p) = call.conv;
+  p.out_height = sizes.out_height;
+  p.out_width = sizes.out_width;
+  for (int axis = 0; axis < 2; ++axis) {
+    p.kernel[axis] = call.conv.kernel[axis];
+    p.stride[axis] = sizes.stride;
+    p.padding[axis] = sizes.padding;
+    p.dilation[axis] = sizes.dilation;
+  }
+  p.origins = call.origins.data();
+  const int64_t c = p.channels, count = p.window_count() * p.out_height * p.out_width;
+  std::vector<T> output = glance_test::poison<T>(count * c);
+  p.output = output.data();
+  glance_test::run_in_pieces(glance::hole_max_pool_cpu, p, p.window_count());
+  const double nothing = -std::numeric_limits<double>::infinity();
+  for (int64_t cell = 0; cell < count; ++cell) {
+    const int64_t b = cell / (p.out_height * p.out_width), g = call.geometry(b);
+    const int64_t i = cell / p.out_width % p.out_height, j = cell % p.out_width;
+    const glance::WindowRow<I> row = glance::pool_row<I>(p, b, i, j);
+    for (int64_t channel = 0; channel < c; ++channel) {
+      double expected = nothing, got = nothing;
+      for (int32_t y = 0; y < p.kernel[0]; ++y) {
+        for (int32_t x = 0; x < p.kernel[1]; ++x) {
+          const int32_t tap_y = y * int32_t(sizes.dilation), tap_x = x * int32_t(sizes.dilation);
+          expected = std::max(
+              expected,
+              call.input(b, (call.origins[g * 2] + i) * sizes.stride - sizes.padding + tap_y,
+                         (call.origins[g * 2 + 1] + j) * sizes.stride - sizes.padding + tap_x,
+                         channel, nothing));
+          const I place = glance::tap_place<I>(p, row, tap_y, tap_x);
+          if (place == glance::kOutside<I>) continue;
+          double value = 0;
+          if (place >= 0) value = widen(call.base[place * c + channel]);
+          if (place < 0 && place != glance::kHole<I>) {
+            value = widen(call.windows[~place * c + channel]);
+          }
+          got = std::max(got, value);
+        }
+      }
+      EXPECT_NEAR(widen(output[cell * c + channel]), expected, 0);
+      EXPECT_NEAR(got, expected, 0);
+    }
+  }
+}
+
 // --- extents and cells that a CUDA op does not look at
 // ---------------------------------------------
 
@@ -276,16 +329,16 @@ void check_wild_geometry(uint64_t seed) {
   const int64_t window_count = p.window_count() * p.window_height * p.window_width;
   for (int64_t r = 0; r < (p.cell_count ? glance::conv_rows(p) : 0); ++r) {
     const auto row = glance::conv_row<int64_t>(p, r);
-    const glance::TileRow tile_row = glance::tile_row(p, row);
+    const auto window_row = glance::window_row<int32_t>(p, row.window, row.y, row.x);
     if (row.window >= 0) {
       EXPECT(row.output >= 0 && row.output < p.window_count() * p.out_height * p.out_width);
       EXPECT(row.cell >= 0 && row.cell < int64_t(call.ratio.size()));
     }
     for (int32_t y = 0; y < p.kernel[0]; ++y) {
       for (int32_t x = 0; x < p.kernel[1]; ++x) {
-        const int32_t place = glance::tile_place(p, tile_row, y, x);
+        const int32_t place = glance::tap_place(p, window_row, y, x);
         if (row.window < 0) {
-          EXPECT(place == glance::kNowhere);
+          EXPECT(place == glance::kOutside<int32_t>);
           continue;
         }
         const auto pixel = glance::composed_pixel<int64_t>(p, row.window, row.y + y, row.x + x);
@@ -296,8 +349,11 @@ void check_wild_geometry(uint64_t seed) {
           case glance::Source::kWindow:
             EXPECT(~place == pixel.index && ~place < window_count);
             break;
-          default:
-            EXPECT(place == glance::kNowhere);
+          case glance::Source::kHole:
+            EXPECT(place == glance::kHole<int32_t>);
+            break;
+          case glance::Source::kOutside:
+            EXPECT(place == glance::kOutside<int32_t>);
         }
       }
     }
@@ -336,6 +392,8 @@ void check_type() {
     if constexpr (std::is_same_v<T, float>) check_cuda_convolution<T>(sizes, seed, true);
     check_gather<T, int32_t>(sizes, seed);
     check_gather<T, int64_t>(sizes, seed);
+    check_pool<T, int32_t>(sizes, seed);
+    check_pool<T, int64_t>(sizes, seed);
   }
 }
 
