@@ -39,6 +39,7 @@ KERNEL_SOURCES = [
     "csrc/patch_scores/patch_scores_cpu.cpp",
 ]
 CUDA_SOURCES = [
+    "csrc/hole_windows/hole_conv.cu",
     "csrc/hole_windows/hole_windows.cu",
     "csrc/partial_conv/partial_conv.cu",
     "csrc/patch_scores/patch_scores.cu",

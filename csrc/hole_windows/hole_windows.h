@@ -77,6 +77,7 @@ struct HoleConvParams : HoleWindowsParams {
   int64_t padding[2] = {0, 0};
   int64_t dilation[2] = {1, 1};
   double negative_slope = 1;
+  bool tf32 = false;       // CUDA may multiply float32 as TF32, which keeps 10 bits of the fraction
   int64_t cell_count = 0;  // M
 
   const int32_t* origins = nullptr;  // (G, 2): the next window's first row and column
@@ -85,7 +86,7 @@ struct HoleConvParams : HoleWindowsParams {
   const void* weight = nullptr;      // (K, C, kh, kw)
   const void* bias = nullptr;        // (K), or null
   void* output = nullptr;            // (N * P, ho, wo, K)
-  void* packed = nullptr;            // packed_weight_bytes(): workspace
+  void* packed = nullptr;  // workspace: packed_weight_bytes(), on CUDA hole_conv_workspace_bytes()
 };
 
 // The greatest value in each cell's window of the composed input, for every cell of the next
@@ -139,7 +140,8 @@ void hole_sequence_cpu(const HoleLayer* layers, int64_t count, int64_t begin, in
 // CUDA launchers: asynchronous on `stream` (a cudaStream_t), returning a cudaError_t as an int.
 int gather_holes_cuda(const HoleGatherParams& params, void* stream);
 int scatter_holes_cuda(const HoleGatherBackwardParams& params, void* stream);  // both halves
-int hole_conv_cuda(const HoleConvParams& params, void* stream);  // output is zero before
+int64_t hole_conv_workspace_bytes(const HoleConvParams& params);  // aligned to 16 bytes
+int hole_conv_cuda(const HoleConvParams& params, void* stream);   // output is zero before
 int hole_max_pool_cuda(const HolePoolParams& params, void* stream);
 
 }  // namespace glance

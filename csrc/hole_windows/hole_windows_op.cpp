@@ -1,5 +1,6 @@
 // Tensors -> Hole*Params -> kernels, for glance_ext::gather_holes, hole_max_pool2d, hole_conv2d and
 // their backwards.
+#include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/convolution_backward.h>
@@ -377,6 +378,7 @@ HoleConvParams checked_conv(const at::Tensor& base, const std::optional<at::Tens
   GLANCE_CHECK_VALUE(negative_slope >= 0, kConv, "negative_slope not to be negative, got ",
                      negative_slope);
   p.negative_slope = negative_slope;
+  p.tf32 = at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);  // as for torch's own
   return p;
 }
 
@@ -389,6 +391,14 @@ void check_cells(const HoleConvParams& p) {
                        previous);
     previous = p.cells[i];
   }
+}
+
+int64_t workspace_bytes(const HoleConvParams& p, bool on_cpu) {
+#ifdef GLANCE_EXT_WITH_CUDA
+  if (!on_cpu) return hole_conv_workspace_bytes(p);
+#endif
+  TORCH_INTERNAL_ASSERT(on_cpu);
+  return packed_weight_bytes(p);
 }
 
 at::Tensor hole_conv2d(const at::Tensor& base, const std::optional<at::Tensor>& windows,
@@ -420,10 +430,10 @@ at::Tensor hole_conv2d(const at::Tensor& base, const std::optional<at::Tensor>& 
                                         p.out_width, /*zero=*/base.is_cuda());
   if (output.numel() == 0) return output;
   p.output = output.mutable_data_ptr();
-  at::Tensor packed;
+  const int64_t bytes = workspace_bytes(p, base.is_cpu());
+  const at::Tensor packed = at::empty({bytes}, base.options().dtype(at::kByte));
+  p.packed = packed.mutable_data_ptr();
   if (base.is_cpu()) {
-    packed = at::empty({packed_weight_bytes(p)}, base.options().dtype(at::kByte));
-    p.packed = packed.mutable_data_ptr();
     run_kernel(base, p, weight_panels(p), 1, pack_weight_cpu, GLANCE_CUDA(hole_conv_cuda));
   }
   run_kernel_in_blocks(base, p, p.window_count(), 4, hole_conv_cpu, GLANCE_CUDA(hole_conv_cuda));
