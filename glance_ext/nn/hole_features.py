@@ -221,9 +221,8 @@ class HoleFeatures:
         assert windows is not None
         for slope in self._after:
             windows = _activated(windows, slope)
-        if tuple(windows.shape[-2:]) == geometry.output_size == (1, 1):
-            if int(geometry.extents[..., 2:].min()) == 1:
-                return windows
+        if geometry.all_of_it and tuple(windows.shape[-2:]) == geometry.output_size:
+            return windows
         return gather_holes(
             bases[-1],
             windows,
@@ -410,10 +409,12 @@ def _tiles(
 ) -> Tensor:
     """The part of the input that each hole's next window depends on ``(N, P, C, th, tw)``."""
     shape = layer.shape
-    stride = torch.tensor(shape.stride, dtype=torch.int32, device=base.device)
-    padding = torch.tensor(shape.padding, dtype=torch.int32, device=base.device)
     size = [
         (step.size[i] - 1) * shape.stride[i] + shape.dilation[i] * (shape.kernel[i] - 1) + 1
         for i in range(2)
     ]
-    return gather_holes(base, windows, step.extents, step.origins * stride - padding, size, fill)
+    # by numbers, not by tensors of them: a copy to a GPU could not be part of a CUDA graph
+    origins = torch.stack(
+        [step.origins[..., i] * shape.stride[i] - shape.padding[i] for i in range(2)], -1
+    )
+    return gather_holes(base, windows, step.extents, origins, size, fill)

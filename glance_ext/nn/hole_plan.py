@@ -84,12 +84,14 @@ class HoleGeometry:
         output_size: Height and width of the last layer's output.
         full_from: The first layer whose input has no missing cell any more, for any hole; the
             number of layers if there is none.
+        all_of_it: Whether every hole reaches every cell of the last layer's output.
     """
 
     steps: tuple[HoleStep, ...]
     extents: Tensor
     output_size: tuple[int, int]
     full_from: int
+    all_of_it: bool
 
 
 @dataclass
@@ -165,6 +167,7 @@ def plan_geometry(
         _stack(axes, shape, "first", "count"),
         (axes[0].length, axes[1].length),
         full_from,
+        all(bool((axis.count == axis.length).all()) for axis in axes),
     )
 
 
