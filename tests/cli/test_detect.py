@@ -229,20 +229,25 @@ def test_an_image_whose_results_cannot_be_named_does_not_stop_the_others(
     assert found == {fits: "", "n" * 250 + ".jpeg": ""}
 
 
+@pytest.mark.parametrize("options", [[], ["--batch-size", 2]])
 def test_an_image_too_large_for_memory_does_not_stop_the_others(
-    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[object],
 ) -> None:
     write_image(tmp_path / "in" / "a.png", 1, (50, 50))
     write_image(tmp_path / "in" / "b.png", 1, (40, 40))
-    real = Detector.detect
+    real = Detector.detect_batch
 
-    def detect(self: Detector, image: np.ndarray) -> object:
-        if image.shape[0] == 50:
+    def detect(self: Detector, images: list[np.ndarray]) -> object:
+        if any(image.shape[0] == 50 for image in images):
             raise MemoryError
-        return real(self, image)
+        return real(self, images)
 
-    monkeypatch.setattr(Detector, "detect", detect)
-    result = run("detect", model, tmp_path / "in", "-o", tmp_path / "out")
+    monkeypatch.setattr(Detector, "detect_batch", detect)
+    result = run("detect", model, tmp_path / "in", "-o", tmp_path / "out", *options)
     assert result.exit_code == 1
     assert "fits in memory" in rows(tmp_path / "out")[0]["error"]
     assert rows(tmp_path / "out")[1]["score"]
