@@ -1,7 +1,5 @@
 """Detection by what patches share, against the patch-by-patch specification and in every dtype."""
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -171,7 +169,7 @@ def test_heads_stay_in_float32_where_the_networks_are_bfloat16(
 def test_a_precision_that_cannot_be_had_is_named(model: Glance) -> None:
     with pytest.raises(GlanceError, match="expected float32 or bfloat16 on a CPU, got tf32"):
         Detector(model, STANDARDISED, precision="tf32")
-    with pytest.raises(GlanceError, match="precision: expected one of float32, .* got 'half'"):
+    with pytest.raises(GlanceError, match=r"precision: expected one of float32, .* got 'half'"):
         Detector(model, STANDARDISED, precision="half")
 
 
@@ -199,12 +197,12 @@ class NothingFromTheHost(TorchDispatchMode):
 
 
 @pytest.fixture
-def guarded() -> Iterator[NothingFromTheHost]:
+def guarded() -> NothingFromTheHost:
     with pytest.raises(AssertionError), NothingFromTheHost():
         torch.ones(2).max().item()  # the guard itself works
     with pytest.raises(AssertionError), NothingFromTheHost():
         torch.tensor([1.0, 2.0])
-    yield NothingFromTheHost()
+    return NothingFromTheHost()
 
 
 @pytest.mark.parametrize("grid", ["33", "paper"])
