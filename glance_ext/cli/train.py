@@ -56,6 +56,13 @@ if TYPE_CHECKING:
     help="How overlapping patches become a map.",
 )
 @click.option("--grid", help="Which patches are scored: a stride in pixels, or 'paper' (20x20).")
+@click.option(
+    "--tile",
+    is_flag=True,
+    default=None,
+    help="Learn at the images' own resolution, in windows of 256x256, instead of resizing; detect "
+    "then works in such windows too.",
+)
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @seed_option
 @device_option

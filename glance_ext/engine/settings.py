@@ -29,6 +29,8 @@ class TrainSettings:
             normal patches before mixing; the paper mixes raw scores.
         aggregation: How patches become a map; see ``aggregate_patch_scores``.
         grid: Which patches are scored: a stride, or ``"paper"``.
+        tile: Whether to train and calibrate at the images' own resolution, in windows of 256x256,
+            instead of resizing every image to that size.
         held_out_share: Share of the normal images kept from training for calibration.
         held_out_most: The most images kept.
         seed: Of everything random.
@@ -45,7 +47,8 @@ class TrainSettings:
     lambda_s: float = 0.5
     standardise: bool = True
     aggregation: str = "mean"
-    grid: str = "8"
+    grid: str = "4"
+    tile: bool = False
     held_out_share: float = 0.2
     held_out_most: int = 32
     seed: int = 0

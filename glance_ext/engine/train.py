@@ -30,6 +30,7 @@ from glance_ext.engine.distill import (
 )
 from glance_ext.engine.loop import History, Stage, Trainer
 from glance_ext.engine.settings import TrainSettings
+from glance_ext.engine.windows import load_windows, read, usable
 from glance_ext.errors import GlanceError, InputError, NoUsableInputError
 from glance_ext.files import ensure_folder
 from glance_ext.models.glance import IMAGE_SIZE, PATCH_SIZE, Glance
@@ -116,7 +117,7 @@ def train(
         failed.append(error)
         on_error(error)
 
-    images, held_out = _load_images(paths, settings, note)
+    images, count, held_out = _load_images(paths, settings, note)
     optimistic = not held_out
     distilled = load_local_net(local_net or packaged_local_net())
     torch.manual_seed(settings.seed)
@@ -143,7 +144,7 @@ def train(
     trainer.restore_modules({"model": model})
 
     bar = tqdm(
-        held_out or [image.float() for image in images[:1]],
+        held_out or list(images[:1]),
         desc="calibrate",
         unit="image",
         disable=not show_progress,
@@ -151,47 +152,56 @@ def train(
     )
     calibration = calibrate(
         model,
-        bar,
+        read(bar),
         lambda_s=settings.lambda_s,
         standardise=settings.standardise,
         aggregation=settings.aggregation,
         grid=settings.grid,
+        tile=settings.tile,
         optimistic=optimistic,
         device=device,
     )
     record: dict[str, Any] = {
         **settings.to_json(),
-        "images": len(images),
+        "images": count,
         "teacher": distilled.teacher,
     }
     detector = Detector(model, calibration, record, device=device)
     detector.save(model_file)
     state_file.unlink(missing_ok=True)
-    return TrainResult(
-        detector, model_file, trainer.history, len(images), len(held_out), tuple(failed)
-    )
+    return TrainResult(detector, model_file, trainer.history, count, len(held_out), tuple(failed))
 
 
 def _load_images(
     paths: Sequence[Path], settings: TrainSettings, on_error: Callable[[InputError], None]
-) -> tuple[Tensor, list[Tensor]]:
-    """Images to train on, at least one, and images kept from training, if any can be spared."""
+) -> tuple[Tensor, int, list[Tensor] | list[Path]]:
+    """What is trained on, of how many images it is, and images kept from training, if any."""
     share = min(settings.held_out_share, settings.held_out_most / max(1, len(paths)))
     train_paths, held_out_paths = split_held_out(paths, share, settings.seed)
-    images = load_training_images(train_paths, IMAGE_SIZE, on_error=on_error)
-    held_out = []
-    for path in held_out_paths if train_paths != held_out_paths else []:
-        try:
-            held_out.append(resize(load_image(path), IMAGE_SIZE))
-        except InputError as error:
-            on_error(error)
-    if not len(images) and held_out:
-        return torch.stack(held_out).to(images.dtype), []
-    if not len(images):
+    if train_paths == held_out_paths:
+        held_out_paths = []
+    if settings.tile:
+        images, count = load_windows(train_paths, settings.seed, on_error)
+        held_out: list[Tensor] | list[Path] = usable(held_out_paths, on_error)
+        if not count and held_out:
+            return *load_windows(held_out_paths, settings.seed, lambda error: None), []
+    else:
+        images = load_training_images(train_paths, IMAGE_SIZE, on_error=on_error)
+        count = len(images)
+        resized = []
+        for path in held_out_paths:
+            try:
+                resized.append(resize(load_image(path), IMAGE_SIZE))
+            except InputError as error:
+                on_error(error)
+        if not count and resized:
+            return torch.stack(resized).to(images.dtype), len(resized), []
+        held_out = resized
+    if not count:
         raise NoUsableInputError(
             f"train: expected at least one usable normal image, got 0 of {len(paths)}"
         )
-    return images, held_out
+    return images, count, held_out
 
 
 def _fine_tune(

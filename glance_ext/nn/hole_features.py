@@ -461,10 +461,12 @@ def _step(layer: _Layer, step: HoleStep, base: Tensor, windows: Tensor | None) -
 def _tiles(layer: _Layer, step: HoleStep, base: Tensor, windows: Tensor | None) -> Tensor:
     """The part of the input that each hole's next window depends on ``(N, P, C, th, tw)``."""
     shape = layer.shape
-    stride = torch.tensor(shape.stride, dtype=torch.int32, device=base.device)
-    padding = torch.tensor(shape.padding, dtype=torch.int32, device=base.device)
     size = [
         (step.size[i] - 1) * shape.stride[i] + shape.dilation[i] * (shape.kernel[i] - 1) + 1
         for i in range(2)
     ]
-    return gather_holes(base, windows, step.extents, step.origins * stride - padding, size)
+    # by numbers, not by tensors of them: a copy to a GPU could not be part of a CUDA graph
+    origins = torch.stack(
+        [step.origins[..., i] * shape.stride[i] - shape.padding[i] for i in range(2)], -1
+    )
+    return gather_holes(base, windows, step.extents, origins, size)
