@@ -37,6 +37,17 @@ if TYPE_CHECKING:
 @click.option("--steps", type=click.IntRange(1), help="Steps of joint training.")
 @click.option("--batch-size", type=click.IntRange(1), help="Patches a step of joint training.")
 @click.option(
+    "--holes-per-image",
+    type=click.IntRange(1),
+    help="The most patches of a step that come from one image; they share a pass through "
+    "Global-Net, so more are faster, and fewer more varied. The paper's is 1.",
+)
+@click.option(
+    "--positions",
+    help="Where training patches lie: 'uniform' for anywhere, as in the paper, or a stride in "
+    "pixels for a grid, whose Local-Net features are computed once and kept where that is cheaper.",
+)
+@click.option(
     "--fine-tune-steps",
     type=click.IntRange(0),
     help="Steps of fine-tuning Local-Net on these images; above 0 needs the teacher.",

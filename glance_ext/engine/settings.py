@@ -20,7 +20,12 @@ class TrainSettings:
         fine_tune_batch_size: Patches a step of stage 2.
         fine_tune_learning_rate: Of Local-Net.
         steps: Steps of stage 3.
-        batch_size: Patches a step of stage 3; each has its own masked image.
+        batch_size: Patches a step of stage 3.
+        holes_per_image: The most of them that come from one image and share its pass through
+            Global-Net. The paper draws an image for each patch: 1.
+        positions: Where the patches of stage 3 may lie: ``"uniform"`` for anywhere, as in the
+            paper; or a stride for those of that grid, whose Local-Net features are then computed
+            densely, once an image, if that is less work than one pass a patch.
         global_learning_rate: Of Global-Net.
         head_learning_rate: Of the distortion head.
         lambda_t: Weight of the distortion loss beside the inconsistency loss.
@@ -39,6 +44,8 @@ class TrainSettings:
     fine_tune_learning_rate: float = 2e-4
     steps: int = 2000
     batch_size: int = 32
+    holes_per_image: int = 8
+    positions: str = "4"
     global_learning_rate: float = 1e-3
     head_learning_rate: float = 1e-3
     lambda_t: float = 0.01
@@ -68,6 +75,8 @@ class TrainSettings:
                 "batch size: expected at least 1, and for fine-tuning at least 2, got "
                 f"{self.batch_size} and {self.fine_tune_batch_size}"
             )
+        if self.holes_per_image < 1:
+            raise GlanceError(f"holes per image: expected at least 1, got {self.holes_per_image}")
         if self.aggregation not in AGGREGATIONS:
             raise GlanceError(
                 f"aggregation: expected one of {', '.join(AGGREGATIONS)}, got {self.aggregation!r}"
@@ -76,6 +85,11 @@ class TrainSettings:
             patch_grid(self.grid)
         except ValueError as error:
             raise GlanceError(str(error)) from error
+        if self.positions != "uniform":
+            try:
+                patch_grid(self.positions)
+            except ValueError as error:
+                raise GlanceError(f"positions: expected 'uniform' or a grid; {error}") from error
 
     def to_json(self) -> dict[str, Any]:
         """All settings as JSON values."""
@@ -89,6 +103,8 @@ PRESETS: dict[str, TrainSettings] = {
         fine_tune_steps=50_000,
         steps=200_000,
         batch_size=64,
+        holes_per_image=1,
+        positions="uniform",
         global_learning_rate=1e-4,
         head_learning_rate=1e-5,
         lambda_s=0.8,

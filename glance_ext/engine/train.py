@@ -13,13 +13,7 @@ from tqdm import tqdm
 
 from glance_ext.data.datasets import split_held_out
 from glance_ext.data.images import load_image, resize
-from glance_ext.data.patches import (
-    crop_patches,
-    fingerprint,
-    load_training_images,
-    sample_positions,
-)
-from glance_ext.data.stains import stain
+from glance_ext.data.patches import fingerprint, load_training_images
 from glance_ext.engine.detector import MODEL_FILE, Detector, calibrate
 from glance_ext.engine.distill import (
     DistilledNet,
@@ -28,14 +22,12 @@ from glance_ext.engine.distill import (
     load_local_net,
     packaged_local_net,
 )
-from glance_ext.engine.loop import History, Stage, Trainer
+from glance_ext.engine.joint import joint_stage
+from glance_ext.engine.loop import History, Trainer
 from glance_ext.engine.settings import TrainSettings
 from glance_ext.errors import GlanceError, InputError, NoUsableInputError
 from glance_ext.files import ensure_folder
-from glance_ext.models.glance import IMAGE_SIZE, PATCH_SIZE, Glance
-from glance_ext.models.global_net import hole_masks
-from glance_ext.models.heads import distortion_loss, inconsistency
-from glance_ext.models.normalisation import normalise
+from glance_ext.models.glance import IMAGE_SIZE, Glance
 
 STATE_FILE = "training.safetensors"
 
@@ -209,53 +201,3 @@ def _fine_tune(
     )
     teacher = distilled.load_teacher(teacher_weights)
     trainer.run(fine_tune_stage(distilled, teacher, images, fine_tune, device))
-
-
-def joint_stage(
-    model: Glance, images: Tensor, settings: TrainSettings, device: torch.device
-) -> Stage:
-    """Stage 3: Global-Net and the distortion head, Local-Net frozen (paper, section 3.5).
-
-    ``l_IAD + lambda_t * l_DAD``. The distortion head sees each patch as it is and with a stain; the
-    inconsistency loss never sees a stained patch.
-
-    Args:
-        model: Trained in place.
-        images: ``(N, 3, 256, 256)`` normal images, RGB in [0, 1].
-        settings: Steps, batch size, learning rates and lambda_t.
-        device: Where to train.
-    """
-    model.local_net.requires_grad_(False).eval()
-    optimizer = torch.optim.Adam(
-        [
-            {"params": model.global_net.parameters(), "lr": settings.global_learning_rate},
-            {"params": model.distortion_head.parameters(), "lr": settings.head_learning_rate},
-        ]
-    )
-
-    def step(generator: torch.Generator) -> dict[str, Tensor]:
-        count = settings.batch_size
-        picks = torch.randint(len(images), (count,), generator=generator)
-        origins = sample_positions(count, IMAGE_SIZE, PATCH_SIZE, generator)
-        batch = images[picks].float()
-        patches = crop_patches(batch, origins, PATCH_SIZE)
-        stained = stain(patches, generator)
-        both = normalise(torch.cat((patches, stained)).to(device))
-        with torch.no_grad():
-            clean_features, stained_features = model.local_net(both).chunk(2)
-        masks = hole_masks(origins, PATCH_SIZE, IMAGE_SIZE).to(device)
-        global_features = model.global_net(normalise(batch.to(device)), masks)
-        iad = inconsistency(clean_features, global_features).mean()
-        log_odds = model.distortion_head(
-            torch.cat((clean_features, stained_features)), global_features.repeat(2, 1)
-        )
-        undistorted = torch.zeros_like(log_odds)
-        undistorted[:count] = 1
-        dad = distortion_loss(log_odds, undistorted)
-        return {
-            "loss": iad + settings.lambda_t * dad,
-            "inconsistency": iad,
-            "distortion": dad,
-        }
-
-    return Stage("joint", settings.steps, step, optimizer, {"model": model})

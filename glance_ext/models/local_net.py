@@ -57,6 +57,8 @@ class LocalNet(nn.Module):
         Raises:
             ValueError: The patches do not shrink to one feature each.
         """
+        if patches.is_cpu:  # pooling is three times as fast, convolutions no slower
+            patches = patches.contiguous(memory_format=torch.channels_last)
         features = self.layers(patches)
         if features.shape[-2:] != (1, 1):
             raise ValueError(
