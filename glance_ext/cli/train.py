@@ -48,6 +48,12 @@ if TYPE_CHECKING:
     "pixels for a grid, whose Local-Net features are computed once and kept where that is cheaper.",
 )
 @click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="What both networks compute in during joint training; weights, losses and the optimizer "
+    "stay in float32. bfloat16 is for processors and GPUs that have it.",
+)
+@click.option(
     "--fine-tune-steps",
     type=click.IntRange(0),
     help="Steps of fine-tuning Local-Net on these images; above 0 needs the teacher.",

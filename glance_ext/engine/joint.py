@@ -181,10 +181,13 @@ def joint_stage(
     Args:
         model: Trained in place.
         images: ``(N, 3, 256, 256)`` normal images, RGB in [0, 1].
-        settings: Steps, batch size, holes an image, positions, learning rates and lambda_t.
+        settings: Steps, batch size, holes an image, positions, precision, learning rates and
+            lambda_t.
         device: Where to train.
     """
     dtype = model.global_net.stem.weight.dtype
+    if settings.precision == "bfloat16":
+        dtype = torch.bfloat16
     model.local_net.requires_grad_(False).eval()
     optimizer = torch.optim.Adam(
         [

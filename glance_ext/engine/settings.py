@@ -8,6 +8,7 @@ from typing import Any
 from glance_ext.data.grid import patch_grid
 from glance_ext.errors import GlanceError
 
+PRECISIONS = ("float32", "bfloat16")
 AGGREGATIONS = ("mean", "gaussian", "max", "idw")
 
 
@@ -16,6 +17,8 @@ class TrainSettings:
     """Settings of stages 2 and 3 and of calibration.
 
     Attributes:
+        precision: What the networks compute in during stage 3, ``"float32"`` or ``"bfloat16"``;
+            weights, losses and the optimizer stay in float32, and so does the distortion head.
         fine_tune_steps: Steps of stage 2; needs the teacher. 0 leaves the stage out.
         fine_tune_batch_size: Patches a step of stage 2.
         fine_tune_learning_rate: Of Local-Net.
@@ -39,6 +42,7 @@ class TrainSettings:
         seed: Of everything random.
     """
 
+    precision: str = "float32"
     fine_tune_steps: int = 0
     fine_tune_batch_size: int = 16
     fine_tune_learning_rate: float = 2e-4
@@ -77,6 +81,10 @@ class TrainSettings:
             )
         if self.holes_per_image < 1:
             raise GlanceError(f"holes per image: expected at least 1, got {self.holes_per_image}")
+        if self.precision not in PRECISIONS:
+            raise GlanceError(
+                f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+            )
         if self.aggregation not in AGGREGATIONS:
             raise GlanceError(
                 f"aggregation: expected one of {', '.join(AGGREGATIONS)}, got {self.aggregation!r}"

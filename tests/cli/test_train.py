@@ -50,7 +50,11 @@ def test_the_same_seed_gives_the_same_file(
 
 @pytest.mark.parametrize(
     ("option", "value", "setting"),
-    [("--holes-per-image", "1", 1), ("--positions", "uniform", "uniform")],
+    [
+        ("--holes-per-image", "1", 1),
+        ("--positions", "uniform", "uniform"),
+        ("--precision", "bfloat16", "bfloat16"),
+    ],
 )
 def test_how_patches_are_drawn_is_a_setting_that_changes_the_losses(
     run: Run,

@@ -157,6 +157,29 @@ def test_a_step_equals_one_masked_pass_a_patch(
         assert error <= tolerance, name
 
 
+@pytest.mark.parametrize("positions", ["uniform", "33"])
+def test_bfloat16_rounds_the_networks_and_nothing_else(
+    model: Glance, images: Tensor, positions: str
+) -> None:
+    settings = replace(SETTINGS, lambda_t=0.5, positions=positions, steps=10_000)
+    wanted_losses = joint_stage(model, images, settings, CPU).step(random())
+    wanted = gradients(model, wanted_losses)
+    stage = joint_stage(model, images, replace(settings, precision="bfloat16"), CPU)
+    losses = stage.step(random())
+    found = gradients(model, losses)
+    for name, value in wanted_losses.items():
+        assert losses[name].dtype == torch.float32
+        assert losses[name] != value
+        torch.testing.assert_close(losses[name], value, rtol=0.03, atol=0)
+    for name, value in wanted.items():
+        assert found[name].dtype == torch.float32
+        assert float((found[name] - value).norm() / value.norm()) < 0.2, name
+    stage.optimizer.step()
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    kept = stage.optimizer.state[model.global_net.stem.weight]["exp_avg"]
+    assert kept.dtype == torch.float32
+
+
 def test_the_inconsistency_loss_never_sees_a_stain(
     model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,7 @@ def test_changes_that_are_none_change_nothing() -> None:
         ({"fine_tune_steps": -1}, "steps"),
         ({"batch_size": 0}, "batch size"),
         ({"fine_tune_batch_size": 1}, "batch size"),
+        ({"precision": "float16"}, "precision: expected one of float32, bfloat16, got 'float16'"),
         ({"holes_per_image": 0}, "holes per image: expected at least 1, got 0"),
         (
             {"positions": "paper!"},
