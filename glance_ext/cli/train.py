@@ -96,8 +96,12 @@ def command(
     images with --normal. About one image in five is kept from training to set the threshold.
 
     Ctrl-C saves where training is; run the same command with --resume to go on.
+
+    Several processes share each step, one GPU or some CPU cores each, if torchrun starts them:
+    torchrun --nproc-per-node 2 -m glance_ext.cli train ...
     """
     from glance_ext.data.datasets import normal_images
+    from glance_ext.engine.distributed import joined
     from glance_ext.engine.settings import preset as settings_of
     from glance_ext.engine.train import train
     from glance_ext.files import write_json
@@ -109,17 +113,20 @@ def command(
         raise click.UsageError(f"--local-net: expected a file, got {local_net}")
     settings = settings_of(preset, seed=seed, **changes)
     paths = normal_images(dataset, normal)
-    with Failures() as failures:
+    with Failures() as failures, joined(device) as (world, place):
         result = train(
             paths,
             settings,
             output=output,
             local_net=local_net,
             teacher_weights=teacher_weights,
-            device=device,
+            device=place,
             resume=resume,
-            on_error=failures,
+            on_error=failures if world.is_first else failures.errors.append,
+            world=world,
         )
+        if not world.is_first:  # which speaks and writes for all
+            return failures.exit_code()
         threshold = result.detector.threshold
         if result.detector.calibration.optimistic:
             say_error(

@@ -11,8 +11,10 @@ from torch import Tensor
 from glance_ext.data.grid import PatchGrid, patch_grid
 from glance_ext.data.patches import crop_from, sample_positions
 from glance_ext.data.stains import stain
+from glance_ext.engine.distributed import World
 from glance_ext.engine.loop import Stage
 from glance_ext.engine.settings import TrainSettings
+from glance_ext.errors import GlanceError
 from glance_ext.models.glance import IMAGE_SIZE, PATCH_SIZE, Glance
 from glance_ext.models.heads import distortion_loss, inconsistency
 from glance_ext.models.local_net import LocalNet
@@ -171,6 +173,7 @@ def joint_stage(
     images: Tensor,
     settings: TrainSettings,
     device: torch.device,
+    world: World | None = None,
 ) -> Stage:
     """Stage 3: ``l_IAD + lambda_t * l_DAD``.
 
@@ -184,7 +187,12 @@ def joint_stage(
         settings: Steps, batch size, holes an image, positions, precision, learning rates and
             lambda_t.
         device: Where to train.
+        world: The processes that train together: each has a share of a step's images.
+
+    Raises:
+        GlanceError: There are more processes than images a step.
     """
+    world = world or World()
     dtype = model.global_net.stem.weight.dtype
     if settings.precision == "bfloat16":
         dtype = torch.bfloat16
@@ -198,13 +206,21 @@ def joint_stage(
     )
     count = settings.batch_size
     grid = None if settings.positions == "uniform" else patch_grid(settings.positions)
-    draws = settings.steps * count / len(images)
+    draws = settings.steps * count / len(images) / world.size
+    if images_a_step(count, settings.holes_per_image) < world.size:
+        raise GlanceError(
+            f"train: expected an image a step for each of {world.size} processes, got "
+            f"{images_a_step(count, settings.holes_per_image)} (batch size {count} with "
+            f"{settings.holes_per_image} holes an image)"
+        )
     local_features = _LocalFeatures(model.local_net, images, grid, draws, dtype, device)
 
     def step(generator: torch.Generator) -> dict[str, Tensor]:
         draw = draw_patches(count, settings.holes_per_image, len(images), grid, generator)
         patches = crop_from(images, draw.owners, draw.flat_origins, PATCH_SIZE).to(_wide(dtype))
         stained = stain(patches, generator)
+        draw, mine = draw.share(world.rank, world.size)
+        patches, stained = patches[mine], stained[mine]
         clean_features, stained_features = local_features(draw, patches, stained)
         plan = model.global_net.plan(
             draw.origins, PATCH_SIZE, IMAGE_SIZE, device=device, dtype=dtype
@@ -212,17 +228,18 @@ def joint_stage(
         whole = normalise(images[draw.picks].to(device).to(_wide(dtype))).to(dtype)
         global_features = model.global_net.shared_features(whole, plan)
         global_features = global_features.flatten(0, 1)[: draw.count].to(_wide(dtype))
-        iad = inconsistency(clean_features, global_features).mean()
+        share = draw.count / count
+        iad = share * inconsistency(clean_features, global_features).mean()
         log_odds = model.distortion_head(
             torch.cat((clean_features, stained_features)), global_features.repeat(2, 1)
         )
         undistorted = torch.zeros_like(log_odds)
         undistorted[: draw.count] = 1
-        dad = distortion_loss(log_odds, undistorted)
+        dad = share * distortion_loss(log_odds, undistorted)
         return {
             "loss": iad + settings.lambda_t * dad,
             "inconsistency": iad,
             "distortion": dad,
         }
 
-    return Stage("joint", settings.steps, step, optimizer, {"model": model})
+    return Stage("joint", settings.steps, step, optimizer, {"model": model}, replicated=False)

@@ -22,6 +22,7 @@ from glance_ext.engine.distill import (
     load_local_net,
     packaged_local_net,
 )
+from glance_ext.engine.distributed import World
 from glance_ext.engine.joint import joint_stage
 from glance_ext.engine.loop import History, Trainer
 from glance_ext.engine.settings import TrainSettings
@@ -64,6 +65,7 @@ def train(
     resume: bool = False,
     show_progress: bool = True,
     on_error: Callable[[InputError], None] = lambda error: None,
+    world: World | None = None,
 ) -> TrainResult:
     """Trains a model on normal images and calibrates it on some that it has not seen.
 
@@ -77,6 +79,8 @@ def train(
         resume: Whether to go on from an interrupted run.
         show_progress: Whether to draw progress bars on standard error.
         on_error: Called for each image that cannot be used.
+        world: The processes that train together; each calls this with the same arguments and gets
+            the same result, and the first alone writes files.
 
     Raises:
         NoUsableInputError: No image can be used.
@@ -87,21 +91,12 @@ def train(
         OutputError: The output cannot be written.
     """
     device = torch.device(device)
-    model_file = output / MODEL_FILE
-    if model_file.exists():
-        raise GlanceError(
-            f"{output}: already holds a finished model ({MODEL_FILE}); give another --output, or "
-            "remove it first"
-        )
-    state_file = output / STATE_FILE
-    if state_file.exists() and not resume:
-        raise GlanceError(
-            f"{output}: holds the state of an interrupted run ({STATE_FILE}); go on with --resume, "
-            "or remove it first"
-        )
+    world = world or World()
+    model_file, state_file = output / MODEL_FILE, output / STATE_FILE
+    world.on_first(lambda: _check_output(output, resume))
     if not paths:
         raise GlanceError("train: expected at least one normal image, got none")
-    ensure_folder(output)
+    world.on_first(lambda: ensure_folder(output))
     failed: list[InputError] = []
 
     def note(error: InputError) -> None:
@@ -110,6 +105,13 @@ def train(
 
     images, held_out = _load_images(paths, settings, note)
     optimistic = not held_out
+    found = fingerprint(images)
+    theirs = world.on_first(lambda: found)
+    if found != theirs:
+        raise GlanceError(
+            f"train: expected every process to find the same images, got {found} in process "
+            f"{world.rank} and {theirs} in process 0"
+        )
     distilled = load_local_net(local_net or packaged_local_net())
     torch.manual_seed(settings.seed)
     model = Glance(distilled.local_net).to(device)
@@ -118,27 +120,28 @@ def train(
         state_file,
         {
             **settings.to_json(),
-            "images": fingerprint(images),
+            "images": found,
             "local_net": str(local_net or "packaged"),
             "device": device.type,
         },
         settings.seed,
         log_dir=output / "tensorboard",
         show_progress=show_progress,
+        world=world,
     )
     if resume:
         trainer.resume()
     if settings.fine_tune_steps:
         _fine_tune(trainer, distilled, images, settings, teacher_weights, device)
         trainer.restore_modules({"local_net": model.local_net})
-    trainer.run(joint_stage(model, images, settings, device))
+    trainer.run(joint_stage(model, images, settings, device, world))
     trainer.restore_modules({"model": model})
 
     bar = tqdm(
         held_out or [image.float() for image in images[:1]],
         desc="calibrate",
         unit="image",
-        disable=not show_progress,
+        disable=not (show_progress and world.is_first),
         dynamic_ncols=True,
     )
     calibration = calibrate(
@@ -157,11 +160,25 @@ def train(
         "teacher": distilled.teacher,
     }
     detector = Detector(model, calibration, record, device=device)
-    detector.save(model_file)
-    state_file.unlink(missing_ok=True)
+    if world.is_first:
+        detector.save(model_file)
+        state_file.unlink(missing_ok=True)
     return TrainResult(
         detector, model_file, trainer.history, len(images), len(held_out), tuple(failed)
     )
+
+
+def _check_output(output: Path, resume: bool) -> None:
+    if (output / MODEL_FILE).exists():
+        raise GlanceError(
+            f"{output}: already holds a finished model ({MODEL_FILE}); give another --output, or "
+            "remove it first"
+        )
+    if (output / STATE_FILE).exists() and not resume:
+        raise GlanceError(
+            f"{output}: holds the state of an interrupted run ({STATE_FILE}); go on with --resume, "
+            "or remove it first"
+        )
 
 
 def _load_images(
