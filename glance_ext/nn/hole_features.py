@@ -211,7 +211,9 @@ class HoleFeatures:
             for slope in layer.before:
                 x = F.leaky_relu(x, slope)
             bases.append(x)
-            x = _activated(_run(layer.module, x), layer.slope)
+            x = _run(layer.module, x)
+            if isinstance(layer.module, nn.Conv2d):  # nobody else holds its output
+                x = F.leaky_relu_(x, layer.slope) if layer.slope != 1 else x
             x = x.contiguous(memory_format=torch.channels_last)
         for slope in self._after:
             x = _activated(x, slope)

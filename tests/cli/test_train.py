@@ -48,6 +48,32 @@ def test_the_same_seed_gives_the_same_file(
     assert (tmp_path / "5" / "model.safetensors").read_bytes() != expected
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "setting"),
+    [
+        ("--holes-per-image", "1", 1),
+        ("--positions", "uniform", "uniform"),
+        ("--precision", "bfloat16", "bfloat16"),
+    ],
+)
+def test_how_patches_are_drawn_is_a_setting_that_changes_the_losses(
+    run: Run,
+    model: Path,
+    good: Path,
+    short: list[object],
+    tmp_path: Path,
+    option: str,
+    value: str,
+    setting: object,
+) -> None:
+    json_file = tmp_path / "train.json"
+    more = [option, value, "--json", json_file]
+    assert run("train", "--normal", good, "-o", tmp_path / "out", *short, *more).exit_code == 0
+    content = json.loads(json_file.read_text())
+    assert content["metadata"]["settings"][option[2:].replace("-", "_")] == setting
+    assert content["losses"] != json.loads((model / "train.json").read_text())["losses"]
+
+
 def test_one_image_trains_with_a_warning(
     run: Run, good: Path, short: list[object], tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glance_ext.nn import HoleFeatures, MaskedMaxPool2d, PartialConv2d, masked_max_pool2d
+from glance_ext.nn import HoleFeatures, MaskedMaxPool2d, PartialConv2d, hole_plan, masked_max_pool2d
 from glance_ext.ops import partial_conv2d
 
 property_test = settings(
@@ -379,3 +379,39 @@ def test_wrong_sizes_and_places_are_named() -> None:
     deep = HoleFeatures([PartialConv2d(3, 4, 1, padding=1)])
     with pytest.raises(ValueError, match=r"layer 0 \(PartialConv2d\): expected every window to"):
         deep.plan((4, 20), 3, torch.tensor([[0, 0]]))
+
+
+def test_a_plan_does_not_depend_on_what_was_planned_before() -> None:
+    layers = small_global_net(1)
+    random = torch.Generator().manual_seed(0)
+    places = torch.cartesian_prod(torch.arange(33), torch.arange(30))
+    sets = [places[torch.randperm(len(places), generator=random)[:7]] for _ in range(12)]
+    sets += [torch.stack(sets[:3]), places[:0]]
+    grown = [HoleFeatures(layers).plan((41, 38), 9, origins) for origins in sets]
+    for origins, plan in zip(sets, grown, strict=True):
+        hole_plan._axis_table.cache_clear()
+        fresh = HoleFeatures(layers).plan((41, 38), 9, origins)
+        assert plan.full_from == fresh.full_from
+        assert plan.multiply_adds == fresh.multiply_adds
+        for one, other in zip(plan.chunks, fresh.chunks, strict=True):
+            assert torch.equal(one.extents, other.extents)
+            for a, b in zip(one.steps, other.steps, strict=True):
+                assert a.size == b.size
+                for name in ("extents", "origins", "ratio", "cells"):
+                    assert torch.equal(getattr(a, name), getattr(b, name)), name
+
+
+def test_what_has_been_planned_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    hole_plan._axis_table.cache_clear()
+    worked_out: list[int] = []
+    real = hole_plan._AxisTable._work_out
+
+    def spy(table: Any, starts: Tensor) -> Any:
+        worked_out.append(len(starts))
+        return real(table, starts)
+
+    monkeypatch.setattr(hole_plan._AxisTable, "_work_out", spy)
+    for columns in ([1, 2, 1], [2, 1, 5], [5, 5, 5]):
+        origins = torch.tensor([[3, column] for column in columns])
+        HoleFeatures(small_global_net()).plan((41, 38), 9, origins)
+    assert worked_out == [1, 1, 1, 1]  # row 3; columns 1 of a sample, 2 and 5 when they come
