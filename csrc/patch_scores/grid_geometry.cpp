@@ -9,6 +9,57 @@
 
 namespace glance {
 
+int64_t first_outside(const std::vector<int64_t>& origins, Pair patch, Pair image) {
+  for (size_t i = 0; i < origins.size() / 2; ++i) {
+    for (int axis = 0; axis < 2; ++axis) {
+      // A difference of sizes, since the start + the patch may overflow.
+      const int64_t start = origins[2 * i + axis];
+      if (start < 0 || start > image[axis] - patch[axis]) return static_cast<int64_t>(i);
+    }
+  }
+  return -1;
+}
+
+// By a two-dimensional difference array: +1 where patches begin, -1 behind where they end.
+Pair first_uncovered(const std::vector<int64_t>& origins, Pair patch, Pair image) {
+  const int64_t pitch = image[1] + 1;
+  std::vector<int64_t> count((image[0] + 1) * pitch, 0);
+  for (size_t i = 0; i < origins.size() / 2; ++i) {
+    int64_t* corner = count.data() + origins[2 * i] * pitch + origins[2 * i + 1];
+    corner[0] += 1;
+    corner[patch[1]] -= 1;
+    corner[patch[0] * pitch] -= 1;
+    corner[patch[0] * pitch + patch[1]] += 1;
+  }
+  for (int64_t y = 0; y < image[0]; ++y) {
+    for (int64_t x = 0; x < image[1]; ++x) {
+      int64_t& here = count[y * pitch + x];
+      if (y > 0) here += count[(y - 1) * pitch + x];
+      if (x > 0) here += count[y * pitch + x - 1];
+      if (y > 0 && x > 0) here -= count[(y - 1) * pitch + x - 1];
+      if (here <= 0) return {y, x};
+    }
+  }
+  return {-1, -1};
+}
+
+std::vector<double> bell(int64_t size, double sigma) {
+  std::vector<double> weights(size);
+  const double centre = static_cast<double>(size - 1) / 2;
+  for (int64_t i = 0; i < size; ++i) {
+    const double offset = (static_cast<double>(i) - centre) / (sigma * static_cast<double>(size));
+    weights[i] = std::exp(-0.5 * offset * offset);
+  }
+  return weights;
+}
+
+Pair first_uncovered(const AxisGeometry& rows, const AxisGeometry& columns) {
+  const int64_t row = rows.uncovered(), column = columns.uncovered();
+  if (row == 0) return {0, 0};
+  if (column >= 0) return {0, column};
+  return row > 0 ? Pair{row, 0} : Pair{-1, -1};
+}
+
 int64_t AxisGeometry::uncovered() const {
   for (int64_t x = 0; x < size; ++x) {
     if (first[x] == last[x]) return x;

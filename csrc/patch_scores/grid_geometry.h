@@ -1,10 +1,22 @@
 // What the kernels for grids of patches need to know of a grid, computed once on the host.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
 namespace glance {
+
+using Pair = std::array<int64_t, 2>;  // of rows and columns
+
+// The first of the patches at `origins` (P, 2) that sticks out of the image, or -1.
+int64_t first_outside(const std::vector<int64_t>& origins, Pair patch, Pair image);
+
+// The first pixel under none of the patches, which are inside the image, or {-1, -1}.
+Pair first_uncovered(const std::vector<int64_t>& origins, Pair patch, Pair image);
+
+// A bell over `size` pixels around their centre, sigma in shares of the size.
+std::vector<double> bell(int64_t size, double sigma);
 
 // One axis of a grid, as PatchAxis in patch_grid.h has it.
 struct AxisGeometry {
@@ -25,6 +37,9 @@ bool product_of_starts(const int64_t* origins, int64_t patches, std::vector<int6
 // patch's weight in its own pixels.
 AxisGeometry axis_geometry(const std::vector<int64_t>& starts, int64_t size,
                            const std::vector<double>& window);
+
+// The first pixel under none of the grid's patches, or {-1, -1}.
+Pair first_uncovered(const AxisGeometry& rows, const AxisGeometry& columns);
 
 // Weights of inverse-distance weighting by distance along rows and along columns.
 struct DistanceTable {

@@ -14,13 +14,12 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <list>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "common/recent_cache.h"
 #include "common/tensor_check.h"
 #include "patch_scores/grid_geometry.h"
 #include "patch_scores/patch_grid.h"
@@ -90,55 +89,16 @@ struct Request {
   }
 
   void check_inside(const std::vector<int64_t>& list) const {
-    for (size_t i = 0; i < list.size() / 2; ++i) {
-      const int64_t row = list[2 * i], column = list[2 * i + 1];
-      // Differences of sizes, since row + height may overflow.
-      GLANCE_CHECK_VALUE(
-          row >= 0 && column >= 0 && row <= image[0] - patch[0] && column <= image[1] - patch[1],
-          kOp, "every patch inside the ", image[0], "x", image[1], " image, got patch ", i, " of ",
-          patch[0], "x", patch[1], " at row ", row, ", column ", column);
-    }
-  }
-
-  [[noreturn]] static void fail_uncovered(int64_t y, int64_t x) {
-    GLANCE_CHECK_VALUE(false, kOp, "every pixel to be covered by a patch, got none over row ", y,
-                       ", column ", x);
-  }
-
-  // A two-dimensional difference array: +1 where patches begin, -1 behind where they end.
-  void check_covered(const std::vector<int64_t>& list) const {
-    const int64_t pitch = image[1] + 1;
-    std::vector<int64_t> count((image[0] + 1) * pitch, 0);
-    for (size_t i = 0; i < list.size() / 2; ++i) {
-      int64_t* corner = count.data() + list[2 * i] * pitch + list[2 * i + 1];
-      corner[0] += 1;
-      corner[patch[1]] -= 1;
-      corner[patch[0] * pitch] -= 1;
-      corner[patch[0] * pitch + patch[1]] += 1;
-    }
-    for (int64_t y = 0; y < image[0]; ++y) {
-      for (int64_t x = 0; x < image[1]; ++x) {
-        int64_t& here = count[y * pitch + x];
-        if (y > 0) here += count[(y - 1) * pitch + x];
-        if (x > 0) here += count[y * pitch + x - 1];
-        if (y > 0 && x > 0) here -= count[(y - 1) * pitch + x - 1];
-        if (here <= 0) fail_uncovered(y, x);
-      }
-    }
+    const int64_t i = first_outside(list, patch, image);
+    GLANCE_CHECK_VALUE(i < 0, kOp, "every patch inside the ", image[0], "x", image[1],
+                       " image, got patch ", i, " of ", patch[0], "x", patch[1], " at row ",
+                       list[2 * i], ", column ", list[2 * i + 1]);
   }
 
   // A patch's weights along one axis.
   std::vector<double> window(int axis) const {
-    std::vector<double> weights(patch[axis], 1.0);
-    if (mode == "gaussian") {
-      const double centre = static_cast<double>(patch[axis] - 1) / 2;
-      const double width = parameter * static_cast<double>(patch[axis]);
-      for (int64_t i = 0; i < patch[axis]; ++i) {
-        const double offset = (static_cast<double>(i) - centre) / width;
-        weights[i] = std::exp(-0.5 * offset * offset);
-      }
-    }
-    return weights;
+    if (mode == "gaussian") return bell(patch[axis], parameter);
+    return std::vector<double>(patch[axis], 1.0);
   }
 };
 
@@ -172,7 +132,7 @@ struct Geometry {
   PatchGridParams grid;      // every pair of some rows and some columns
   std::vector<at::Tensor> tensors;
   int64_t bytes = 0;
-  mutable std::atomic<bool> in_graph{false};  // a CUDA graph has its addresses
+  mutable std::atomic<bool> kept{false};  // by the cache, for as long as the process
 
   explicit Geometry(Request wanted) : request(std::move(wanted)) {
     const std::vector<int64_t> origins = request.origin_list();
@@ -209,7 +169,7 @@ struct Geometry {
       grid.table_origin = table.origin;
       numbers.add(table.weight, &grid.table);
     } else {
-      check_grid_covered(axes[0].uncovered(), axes[1].uncovered());
+      check_covered(first_uncovered(axes[0], axes[1]));
     }
     Arrays<int32_t> integers;
     for (int i = 0; i < 2; ++i) {
@@ -229,10 +189,10 @@ struct Geometry {
     return true;
   }
 
-  static void check_grid_covered(int64_t row, int64_t column) {
-    // The first in the order of the pixels: in row 0 if columns are uncovered.
-    if (row == 0 || column >= 0) Request::fail_uncovered(0, row == 0 ? 0 : column);
-    if (row > 0) Request::fail_uncovered(row, 0);
+  static void check_covered(std::array<int64_t, 2> uncovered) {
+    GLANCE_CHECK_VALUE(uncovered[0] < 0, kOp,
+                       "every pixel to be covered by a patch, got none over row ", uncovered[0],
+                       ", column ", uncovered[1]);
   }
 
   // The sum of each pixel's weights: the map of scores of 1 before it is divided.
@@ -254,7 +214,9 @@ struct Geometry {
   void fill_list(const std::vector<int64_t>& origins) {
     PatchScoresParams& p = listed;
     p.mode = parse_mode(request.mode);
-    if (p.mode != PatchMode::kIdw) request.check_covered(origins);
+    if (p.mode != PatchMode::kIdw) {
+      check_covered(first_uncovered(origins, request.patch, request.image));
+    }
     p.power = p.mode == PatchMode::kIdw ? request.parameter : 0.0;
     p.patches = static_cast<int64_t>(origins.size()) / 2;
     p.height = request.image[0];
@@ -283,54 +245,6 @@ struct Geometry {
     tensors.push_back(integers.put(request.device, at::kLong));
     tensors.push_back(weights.put(request.device, accumulate()));
   }
-};
-
-// The geometries of the last calls, for any thread. A detector calls with one or two of them again
-// and again; on a GPU a call that finds its own copies nothing from the host.
-class GeometryCache {
- public:
-  std::shared_ptr<const Geometry> get(const Request& request, bool may_make) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      for (auto at = entries_.begin(); at != entries_.end(); ++at) {
-        if ((*at)->request == request) {
-          entries_.splice(entries_.begin(), entries_, at);
-          return entries_.front();
-        }
-      }
-    }
-    TORCH_CHECK(may_make, kOp,
-                ": expected a call with the same patches before the capture of a CUDA graph, "
-                "got none among the last");
-    Request own = request;
-    if (own.origins.defined()) own.origins = own.origins.clone();  // the caller's may change
-    auto made = std::make_shared<const Geometry>(std::move(own));
-    const std::lock_guard<std::mutex> lock(mutex_);
-    entries_.push_front(made);
-    drop_oldest();
-    return made;
-  }
-
- private:
-  static constexpr int64_t kMostEntries = 16;
-  static constexpr int64_t kMostBytes = int64_t{64} << 20;
-
-  // What a CUDA graph reads stays for as long as the process.
-  void drop_oldest() {
-    int64_t count = 0, bytes = 0;
-    for (auto at = entries_.begin(); at != entries_.end();) {
-      const bool kept = (*at)->in_graph;
-      if (!kept) {
-        count += 1;
-        bytes += (*at)->bytes;
-      }
-      at = kept || (count <= kMostEntries && bytes <= kMostBytes) ? std::next(at)
-                                                                  : entries_.erase(at);
-    }
-  }
-
-  std::mutex mutex_;
-  std::list<std::shared_ptr<const Geometry>> entries_;
 };
 
 // Checks all arguments and finds or makes the geometry.
@@ -376,14 +290,24 @@ std::shared_ptr<const Geometry> checked_geometry(const at::Tensor& scores,
     request.grid = {scores.size(1), scores.size(2)};
     request.stride = stride;
   }
-  static GeometryCache* const cache = new GeometryCache;  // outlives the CUDA driver's shutdown
+  // A detector calls with one or two geometries again and again; on a GPU a call that finds its own
+  // copies nothing from the host. Never deleted: the CUDA driver may be shut down by then.
+  static auto* const cache = new RecentCache<Request, Geometry>(16, int64_t{64} << 20);
   bool capturing = false;
 #ifdef GLANCE_EXT_WITH_CUDA
   capturing = scores.is_cuda() &&
               c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
 #endif
-  std::shared_ptr<const Geometry> geometry = cache->get(request, !capturing);
-  if (capturing) geometry->in_graph = true;
+  std::shared_ptr<const Geometry> geometry = cache->find(request);
+  TORCH_CHECK(geometry || !capturing, kOp,
+              ": expected a call with the same patches before the capture of a CUDA graph, got "
+              "none among the last");
+  if (!geometry) {
+    if (request.origins.defined()) request.origins = request.origins.clone();  // theirs may change
+    geometry = std::make_shared<const Geometry>(std::move(request));
+    cache->add(geometry);
+  }
+  if (capturing) geometry->kept = true;  // the graph has its addresses
 #ifdef GLANCE_EXT_WITH_CUDA
   if (scores.is_cuda() && !capturing) {
     // Memory that the cache lets go of must not be used again before this stream has read it.
