@@ -36,12 +36,17 @@ KERNEL_SOURCES = [
     "csrc/hole_windows/hole_windows_cpu.cpp",
     "csrc/hole_windows/micro_kernel.cpp",
     "csrc/partial_conv/partial_conv_cpu.cpp",
+    "csrc/patch_scores/grid_geometry.cpp",
+    "csrc/patch_scores/grid_passes.cpp",
+    "csrc/patch_scores/idw_grid_cpu.cpp",
+    "csrc/patch_scores/patch_grid_cpu.cpp",
     "csrc/patch_scores/patch_scores_cpu.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/hole_windows/hole_conv.cu",
     "csrc/hole_windows/hole_windows.cu",
     "csrc/partial_conv/partial_conv.cu",
+    "csrc/patch_scores/patch_grid.cu",
     "csrc/patch_scores/patch_scores.cu",
 ]
 OP_SOURCES = [
