@@ -11,7 +11,7 @@ from torch import Tensor
 from glance_ext import _library
 from glance_ext.ops import reference
 from glance_ext.ops._checks import check_gather_holes, check_hole_conv2d, pair
-from glance_ext.ops._derivatives import forbid_forward_mode, forbid_second_backward
+from glance_ext.ops._derivatives import forbid_second_backward, register_autograd
 from glance_ext.ops._vmap import loop_over
 
 
@@ -55,7 +55,6 @@ def gather_holes(
         float(fill),
     )
     if _library.is_loaded():
-        forbid_forward_mode("gather_holes", base, windows)
         return torch.ops.glance_ext.gather_holes(*arguments)
     _library.warn_reference("gather_holes")
     return reference.gather_holes(*arguments)
@@ -127,7 +126,6 @@ def hole_conv2d(
         float(negative_slope),
     )
     if _library.is_loaded():
-        forbid_forward_mode(op, base, windows, weight, bias)
         return torch.ops.glance_ext.hole_conv2d(*arguments)
     _library.warn_reference(op)
     return reference.hole_conv2d(*arguments)
@@ -316,7 +314,7 @@ if _library.is_loaded():
     ):
         torch.library.register_fake(f"glance_ext::{_op}", _fake)
         torch.library.register_fake(f"glance_ext::{_op}_backward", _fake_back)
-        torch.library.register_autograd(f"glance_ext::{_op}", _back, setup_context=_setup)
+        register_autograd(f"glance_ext::{_op}", _back, setup_context=_setup)
         forbid_second_backward(_op)
         torch.library.register_vmap(f"glance_ext::{_op}", _vmap)
         torch.library.register_vmap(f"glance_ext::{_op}_backward", _vmap_back)
