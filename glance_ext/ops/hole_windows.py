@@ -16,7 +16,7 @@ from glance_ext.ops._checks import (
     check_hole_max_pool2d,
     pair,
 )
-from glance_ext.ops._derivatives import forbid_forward_mode, forbid_second_backward
+from glance_ext.ops._derivatives import forbid_second_backward, register_autograd
 from glance_ext.ops._vmap import loop_over
 
 
@@ -60,7 +60,6 @@ def gather_holes(
         float(fill),
     )
     if _library.is_loaded():
-        forbid_forward_mode("gather_holes", base, windows)
         return torch.ops.glance_ext.gather_holes(*arguments)
     _library.warn_reference("gather_holes")
     return reference.gather_holes(*arguments)
@@ -117,7 +116,6 @@ def hole_max_pool2d(
         pair(op, "window_size", window_size),
     )
     if _library.is_loaded():
-        forbid_forward_mode(op, base, windows)
         return torch.ops.glance_ext.hole_max_pool2d(*arguments)
     _library.warn_reference(op)
     return reference.hole_max_pool2d(*arguments)
@@ -189,7 +187,6 @@ def hole_conv2d(
         float(negative_slope),
     )
     if _library.is_loaded():
-        forbid_forward_mode(op, base, windows, weight, bias)
         return torch.ops.glance_ext.hole_conv2d(*arguments)
     _library.warn_reference(op)
     return reference.hole_conv2d(*arguments)
@@ -441,7 +438,7 @@ if _library.is_loaded():
     ):
         torch.library.register_fake(f"glance_ext::{_op}", _fake)
         torch.library.register_fake(f"glance_ext::{_op}_backward", _fake_back)
-        torch.library.register_autograd(f"glance_ext::{_op}", _back, setup_context=_setup)
+        register_autograd(f"glance_ext::{_op}", _back, setup_context=_setup)
         forbid_second_backward(_op)
         torch.library.register_vmap(f"glance_ext::{_op}", _vmap)
         torch.library.register_vmap(f"glance_ext::{_op}_backward", _vmap_back)

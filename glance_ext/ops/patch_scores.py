@@ -11,7 +11,7 @@ from torch import Tensor
 from glance_ext import _library
 from glance_ext.ops import reference
 from glance_ext.ops._checks import check_aggregate, pair
-from glance_ext.ops._derivatives import forbid_forward_mode, forbid_second_backward
+from glance_ext.ops._derivatives import forbid_second_backward, register_autograd
 from glance_ext.ops._vmap import loop_over
 
 
@@ -69,7 +69,6 @@ def aggregate_patch_scores(
         {"gaussian": float(sigma), "idw": float(power)}.get(mode, 0.0),
     )
     if _library.is_loaded():
-        forbid_forward_mode(op, scores)
         return torch.ops.glance_ext.aggregate_patch_scores(*arguments)
     _library.warn_reference(op)
     return reference.aggregate_patch_scores(*arguments)
@@ -130,9 +129,7 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
 if _library.is_loaded():
     torch.library.register_fake("glance_ext::aggregate_patch_scores", _fake)
     torch.library.register_fake("glance_ext::aggregate_patch_scores_backward", _fake_backward)
-    torch.library.register_autograd(
-        "glance_ext::aggregate_patch_scores", _backward, setup_context=_setup_context
-    )
+    register_autograd("glance_ext::aggregate_patch_scores", _backward, setup_context=_setup_context)
     forbid_second_backward("aggregate_patch_scores")
     torch.library.register_vmap("glance_ext::aggregate_patch_scores", _vmap)
     torch.library.register_vmap("glance_ext::aggregate_patch_scores_backward", _vmap_backward)
