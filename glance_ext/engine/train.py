@@ -162,18 +162,10 @@ def train(
         "teacher": distilled.teacher,
     }
     detector = Detector(model, calibration, record, device=device)
-<<<<<<< HEAD
-    detector.save(model_file)
-    state_file.unlink(missing_ok=True)
-    return TrainResult(detector, model_file, trainer.history, count, len(held_out), tuple(failed))
-=======
     if world.is_first:
         detector.save(model_file)
         state_file.unlink(missing_ok=True)
-    return TrainResult(
-        detector, model_file, trainer.history, len(images), len(held_out), tuple(failed)
-    )
->>>>>>> 0fe38f69225752c7271b52870f3c00d3a4a4fd59
+    return TrainResult(detector, model_file, trainer.history, count, len(held_out), tuple(failed))
 
 
 def _check_output(output: Path, resume: bool) -> None:

@@ -303,90 +303,16 @@ def plan_geometry(
                 len(cells) * window,
             )
         )
+    output = (tables[0].output_length, tables[1].output_length)
+    # Asked here, on the CPU, so that no pass has to wait for a device that knows the answer.
+    whole = tuple(sizes[-1]) == output and bool(
+        (extents[-1][..., 2:] == torch.tensor(output)).all()
+    )
     return HoleGeometry(
         tuple(steps),
-<<<<<<< HEAD
-        _stack(axes, shape, "first", "count"),
-        (axes[0].length, axes[1].length),
-        all(
-            bool((axis.count == axis.length).all()) and _most(axis) == axis.length for axis in axes
-        ),
-        full_from,
-    )
-
-
-def _first_axis(starts: Tensor, hole: int, length: int) -> _Axis:
-    first, which = starts.unique(return_inverse=True)
-    cells = torch.arange(length)
-    hidden = (cells >= first[:, None]) & (cells < first[:, None] + hole)
-    return _Axis(which, first, torch.full_like(first, hole), hidden, length)
-
-
-def _next_axis(axis: _Axis, layer: LayerShape, i: int) -> tuple[_Axis, Tensor, Tensor]:
-    """The axis behind a layer, and what each of its cells sees.
-
-    That is how many of its window's rows are inside the map ``(length,)``, and how many of these
-    are missing ``(U, length)``.
-    """
-    length = layer.output_length(axis.length, i)
-    taps = (
-        torch.arange(length)[:, None] * layer.stride[i]
-        - layer.padding[i]
-        + torch.arange(layer.kernel[i]) * layer.dilation[i]
-    )
-    inside = (taps >= 0) & (taps < axis.length)
-    if not bool(inside.any(1).all()):
-        raise ValueError(
-            f"{layer.name}: expected every window to meet the input, got one that holds nothing "
-            "but padding"
-        )
-    at = taps.clamp(0, axis.length - 1)
-    present = inside.sum(1)
-    missing = (axis.hidden[:, at] & inside).sum(2)
-    offset = at - axis.first[:, None, None]
-    reached = ((offset >= 0) & (offset < axis.count[:, None, None]) & inside).any(2)
-    cells = torch.arange(length)
-    first = torch.where(reached, cells, length).amin(1)
-    last = torch.where(reached, cells, -1).amax(1)
-    count = (last - first + 1).clamp_min(0)
-    first = torch.where(count > 0, first, 0)
-    return _Axis(axis.which, first, count, missing == present, length), present, missing
-
-
-def _most(axis: _Axis) -> int:
-    """The length of the longest window; at least 1, so that no tensor is empty."""
-    return max(1, int(axis.count.max())) if axis.count.numel() else 1
-
-
-def _stack(axes: Sequence[_Axis], shape: torch.Size, *names: str) -> Tensor:
-    columns = [getattr(axis, name)[axis.which] for name in names for axis in axes]
-    return torch.stack(columns, -1).reshape(*shape, len(columns)).to(torch.int32)
-
-
-def _per_cell(
-    present: Sequence[Tensor],
-    missing: Sequence[Tensor],
-    axes: Sequence[_Axis],
-    size: tuple[int, int],
-) -> Tensor:
-    """Valid pixels in what each cell of each hole's window sees ``(holes, *size)``.
-
-    -1 outside of the hole's reach.
-    """
-    parts = []
-    for axis, inside, hidden, length in zip(axes, present, missing, size, strict=True):
-        offset = torch.arange(length)
-        cell = (axis.first[:, None] + offset).clamp_max(axis.length - 1)
-        reached = offset < axis.count[:, None]
-        parts.append(
-            [values[axis.which] for values in (inside[cell], hidden.gather(1, cell), reached)]
-        )
-    (rows, no_rows, y), (columns, no_columns, x) = parts
-    valid = rows[:, :, None] * columns[:, None] - no_rows[:, :, None] * no_columns[:, None]
-    return torch.where(y[:, :, None] & x[:, None], valid, -1)
-=======
         extents[-1],
-        (tables[0].output_length, tables[1].output_length),
+        output,
+        whole,
         max((i + 1 for i, hides in enumerate(hidden[:-1]) if hides), default=0),
     )
 
@@ -394,4 +320,3 @@ def _per_cell(
 def _outer(rows: Tensor, columns: Tensor, size: tuple[int, int]) -> Tensor:
     """Products of counts ``(holes, rows)`` and ``(holes, columns)``, ``(holes, *size)``."""
     return rows[:, : size[0], None] * columns[:, None, : size[1]]
->>>>>>> 0fe38f69225752c7271b52870f3c00d3a4a4fd59

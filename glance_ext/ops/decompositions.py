@@ -52,7 +52,7 @@ def partial_conv2d(
     valid = mask if mask.dtype == torch.bool else mask != 0
     many = mask.shape[1] != 1
     mask_groups, mask_channels = (groups, group_channels) if many else (1, 1)
-    geometry: tuple[Any, ...] = (list(stride), list(padding), list(dilation))
+    geometry = (list(stride), list(padding), list(dilation))
 
     ones = torch.ones((mask_groups, mask_channels, height, width), dtype=wide, device=input.device)
     count = F.conv2d(valid.to(wide), ones, None, *geometry, mask_groups)
