@@ -30,20 +30,23 @@ class RecentCache {
     return nullptr;
   }
 
-  // Adds a value, and drops those that have not been used for longest. Who still holds one of them
-  // keeps it alive.
+  // Adds a value, of whatever size, and drops those that have not been used for longest. Who still
+  // holds one of them keeps it alive.
   void add(std::shared_ptr<const Value> value) {
     const std::lock_guard<std::mutex> lock(mutex_);
     entries_.push_front(std::move(value));
     int64_t count = 0, bytes = 0;
     for (auto at = entries_.begin(); at != entries_.end();) {
-      const bool kept = (*at)->kept;
-      if (!kept) {
+      const bool fits = count < most_entries_ && bytes + (*at)->bytes <= most_bytes_;
+      if ((*at)->kept) {
+        ++at;
+      } else if (fits || at == entries_.begin()) {
         count += 1;
         bytes += (*at)->bytes;
+        ++at;
+      } else {
+        at = entries_.erase(at);
       }
-      const bool fits = count <= most_entries_ && bytes <= most_bytes_;
-      at = kept || fits ? std::next(at) : entries_.erase(at);
     }
   }
 

@@ -28,8 +28,10 @@ def aggregate_patch_scores(
 ) -> Tensor:
     """Turns the scores of overlapping patches into a score for every pixel.
 
-    Each pixel gathers from the patches over it, in the order of the patches: there are no atomics
-    and the result does not depend on threads. Differentiable once in ``scores``.
+    Each pixel gathers from the patches over it, in a fixed order: there are no atomics and the
+    result does not depend on threads. Differentiable once in ``scores``. What depends on the
+    patches alone is kept for the next call; with ``origins`` on the CPU a later call on CUDA copies
+    nothing and can be captured in a graph.
 
     Args:
         scores: ``(N, gh, gw)`` on a regular grid of ``stride``, whose patch (i, j) begins at
@@ -38,8 +40,9 @@ def aggregate_patch_scores(
         patch_size: In pixels, one int or (height, width).
         image_size: Of the map, one int or (height, width).
         stride: In pixels, one int or (height, width). Exactly one of stride and origins is given.
-        origins: ``(P, 2)`` int64 or int32, row and column of each patch's first pixel. Best kept on
-            the CPU, where they are checked: on a CUDA device that costs a copy back.
+        origins: ``(P, 2)`` int64 or int32, row and column of each patch's first pixel. Fastest
+            where they are every pair of ascending rows and ascending columns, row by row. Best kept
+            on the CPU, where they are checked: on a CUDA device that costs a copy back.
         mode: ``"mean"`` of the patches over the pixel; ``"gaussian"``, their mean weighted by a
             bell around each patch's centre; ``"max"``; ``"idw"``, the mean of all patches weighted
             by the inverse distance to their centres (the map of Wang et al., CVPR 2021, as its one

@@ -400,12 +400,12 @@ void cache_keeps_the_last_used() {
   add(4, 95);
   EXPECT(cache.find(4) && !cache.find(3) && !cache.find(1));
   add(5, 1000);
-  EXPECT(!cache.find(5) && !cache.find(4));
+  EXPECT(cache.find(5) && !cache.find(4));  // alone too large, but the newest
   add(6, 1000, true);
   add(7, 10);
   add(8, 10);
   add(9, 10);
-  EXPECT(cache.find(6) && cache.find(8) && cache.find(9) && !cache.find(7));
+  EXPECT(!cache.find(5) && cache.find(6) && cache.find(8) && cache.find(9) && !cache.find(7));
 }
 
 }  // namespace
