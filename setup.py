@@ -31,6 +31,7 @@ INSTALL = "pip install 'setuptools>=77' ninja 'torch>=2.10' && pip install --no-
 
 # CMakeLists.txt names the same files; tests/test_build.py keeps the lists equal.
 KERNEL_SOURCES = [
+    "csrc/hole_windows/hole_conv_cpu.cpp",
     "csrc/hole_windows/hole_windows_cpu.cpp",
     "csrc/hole_windows/micro_kernel.cpp",
     "csrc/partial_conv/partial_conv_cpu.cpp",

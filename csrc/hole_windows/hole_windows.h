@@ -84,8 +84,23 @@ struct HoleConvParams : HoleWindowsParams {
   void* packed = nullptr;            // packed_weight_bytes(): workspace
 };
 
+// The greatest value in each cell's window of the composed input, for every cell of the next window;
+// outside of the map nothing counts, and a cell that sees nothing else is -infinity. NaN is the
+// greatest of all.
+struct HolePoolParams : HoleWindowsParams {
+  int64_t out_height = 0;  // ho, of the next window
+  int64_t out_width = 0;   // wo
+  int64_t kernel[2] = {1, 1};
+  int64_t stride[2] = {1, 1};
+  int64_t padding[2] = {0, 0};
+  int64_t dilation[2] = {1, 1};
+  const int32_t* origins = nullptr;  // (G, 2): the next window's first row and column
+  void* output = nullptr;            // (N * P, ho, wo, C)
+};
+
 // CPU kernels work on a range, so that the caller owns the threads.
 void gather_holes_cpu(const HoleGatherParams& params, int64_t begin, int64_t end);  // of N * P
+void hole_max_pool_cpu(const HolePoolParams& params, int64_t begin, int64_t end);   // of N * P
 // The two halves of the gradient: over N * P windows, and over N * H rows of the base.
 void scatter_windows_cpu(const HoleGatherBackwardParams& params, int64_t begin, int64_t end);
 void scatter_base_cpu(const HoleGatherBackwardParams& params, int64_t begin, int64_t end);
@@ -93,6 +108,7 @@ void scatter_base_cpu(const HoleGatherBackwardParams& params, int64_t begin, int
 // The convolution reads weights in the order of its inner loop: pack them first, then convolve.
 int64_t packed_weight_bytes(const HoleConvParams& params);
 int64_t weight_panels(const HoleConvParams& params);
+int64_t channel_padding(const HoleConvParams& params);  // zero channels that would spare copies
 void pack_weight_cpu(const HoleConvParams& params, int64_t begin, int64_t end);  // of the panels
 void hole_conv_cpu(const HoleConvParams& params, int64_t begin, int64_t end);    // of N * P
 
@@ -100,5 +116,6 @@ void hole_conv_cpu(const HoleConvParams& params, int64_t begin, int64_t end);   
 int gather_holes_cuda(const HoleGatherParams& params, void* stream);
 int scatter_holes_cuda(const HoleGatherBackwardParams& params, void* stream);  // both halves
 int hole_conv_cuda(const HoleConvParams& params, void* stream);  // output is zero before
+int hole_max_pool_cuda(const HolePoolParams& params, void* stream);
 
 }  // namespace glance

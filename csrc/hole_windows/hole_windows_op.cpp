@@ -1,7 +1,11 @@
-// Tensors -> Hole*Params -> kernels, for glance_ext::gather_holes, hole_conv2d and their backwards.
+// Tensors -> Hole*Params -> kernels, for glance_ext::gather_holes, hole_max_pool2d, hole_conv2d and
+// their backwards.
 #include <ATen/TensorOperators.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/max_pool2d_with_indices.h>
+#include <ATen/ops/max_pool2d_with_indices_backward.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -207,6 +211,105 @@ std::tuple<at::Tensor, at::Tensor> gather_holes_backward(
   return scatter(p, base, windows, windows_last(grad_tiles), output_mask);
 }
 
+constexpr const char* kPool = "hole_max_pool2d";
+
+HolePoolParams checked_pool(const at::Tensor& base, const std::optional<at::Tensor>& windows,
+                            const at::Tensor& extents, at::IntArrayRef kernel,
+                            at::IntArrayRef stride, at::IntArrayRef padding,
+                            at::IntArrayRef dilation, at::IntArrayRef window_size) {
+  HolePoolParams p;
+  static_cast<HoleWindowsParams&>(p) = checked_windows(kPool, base, windows, extents);
+  const auto positive = [&](const char* name, at::IntArrayRef values) {
+    const auto two = pair(kPool, name, values);
+    GLANCE_CHECK_VALUE(two[0] > 0 && two[1] > 0, kPool, name, " to be positive, got (", two[0],
+                       ", ", two[1], ")");
+    return two;
+  };
+  const auto size = positive("window_size", window_size);
+  p.out_height = size[0];
+  p.out_width = size[1];
+  const auto kernels = positive("kernel_size", kernel), strides = positive("stride", stride);
+  const auto dilations = positive("dilation", dilation), pads = pair(kPool, "padding", padding);
+  GLANCE_CHECK_VALUE(pads[0] >= 0 && pads[1] >= 0, kPool, "padding not to be negative, got (",
+                     pads[0], ", ", pads[1], ")");
+  for (int axis = 0; axis < 2; ++axis) {
+    p.kernel[axis] = kernels[axis];
+    p.stride[axis] = strides[axis];
+    p.padding[axis] = pads[axis];
+    p.dilation[axis] = dilations[axis];
+  }
+  return p;
+}
+
+at::Tensor hole_max_pool2d(const at::Tensor& base, const std::optional<at::Tensor>& windows,
+                           const at::Tensor& extents, const at::Tensor& origins,
+                           at::IntArrayRef kernel, at::IntArrayRef stride, at::IntArrayRef padding,
+                           at::IntArrayRef dilation, at::IntArrayRef window_size) {
+  HolePoolParams p =
+      checked_pool(base, windows, extents, kernel, stride, padding, dilation, window_size);
+  const DeviceGuard guard(base);
+  const Workspace work = bind_inputs(kPool, p, base, windows, extents, origins, p.origins);
+  const at::Tensor output =
+      new_windows(base, p.batch, p.holes, p.channels, p.out_height, p.out_width);
+  if (output.numel() == 0) return output;
+  p.output = output.mutable_data_ptr();
+  run_kernel_in_blocks(
+      base, p, p.window_count(),
+      grain_size(p.kernel[0] * p.kernel[1] * p.out_height * p.out_width * p.channels),
+      hole_max_pool_cpu, GLANCE_CUDA(hole_max_pool_cuda));
+  return output;
+}
+
+// Where a layer's windows begin in its input, and how large their input is.
+template <typename Params>
+std::pair<at::Tensor, std::array<int64_t, 2>> input_tiles(const Params& p,
+                                                          const at::Tensor& origins) {
+  at::Tensor at = origins.clone();
+  std::array<int64_t, 2> size;
+  for (int axis = 0; axis < 2; ++axis) {
+    at.select(-1, axis).mul_(p.stride[axis]).sub_(p.padding[axis]);
+    size[axis] = ((axis ? p.out_width : p.out_height) - 1) * p.stride[axis] +
+                 (p.kernel[axis] - 1) * p.dilation[axis] + 1;
+  }
+  return {at, size};
+}
+
+std::tuple<at::Tensor, at::Tensor> hole_max_pool2d_backward(
+    const at::Tensor& grad_output, const at::Tensor& base, const std::optional<at::Tensor>& windows,
+    const at::Tensor& extents, const at::Tensor& origins, at::IntArrayRef kernel,
+    at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
+    std::array<bool, 2> output_mask) {
+  constexpr const char* op = "hole_max_pool2d_backward";
+  GLANCE_CHECK_VALUE(grad_output.dim() == 5, op, "grad_output of shape (N, P, C, ho, wo), got ",
+                     grad_output.sizes());
+  const HolePoolParams p = checked_pool(base, windows, extents, kernel, stride, padding, dilation,
+                                        grad_output.sizes().slice(3));
+  const std::array<int64_t, 5> expected{p.batch, p.holes, p.channels, p.out_height, p.out_width};
+  GLANCE_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(expected), op,
+                     "grad_output of shape ", at::IntArrayRef(expected), ", got ",
+                     grad_output.sizes());
+  GLANCE_CHECK_TYPE(grad_output.scalar_type() == base.scalar_type(), op,
+                    "grad_output of the base's ", dtype_name(base), ", got ",
+                    dtype_name(grad_output));
+  const DeviceGuard guard(base);
+  const auto [tile_origins, tile] = input_tiles(p, origins);
+  HoleGatherBackwardParams q;
+  static_cast<HoleGatherParams&>(q) = checked_gather(base, windows, extents, tile);
+  const Workspace work = bind_inputs(kPool, q, base, windows, extents, tile_origins, q.origins);
+  const at::Tensor tiles = gather_holes(base, windows, extents, tile_origins, tile,
+                                        -std::numeric_limits<double>::infinity());
+  if (tiles.numel() == 0) return scatter(q, base, windows, tiles, output_mask);
+  const auto images = [](const at::Tensor& of_windows) {  // (N * P, C, h, w), channels last
+    return windows_last(of_windows).flatten(0, 1).permute({0, 3, 1, 2});
+  };
+  const at::Tensor input = images(tiles);
+  const at::Tensor places = std::get<1>(
+      at::max_pool2d_with_indices(input, kernel, stride, {0, 0}, dilation, /*ceil_mode=*/false));
+  const at::Tensor grad_tiles = at::max_pool2d_with_indices_backward(
+      images(grad_output), input, kernel, stride, {0, 0}, dilation, /*ceil_mode=*/false, places);
+  return scatter(q, base, windows, grad_tiles.permute({0, 2, 3, 1}).contiguous(), output_mask);
+}
+
 constexpr const char* kConv = "hole_conv2d";
 
 HoleConvParams checked_conv(const at::Tensor& base, const std::optional<at::Tensor>& windows,
@@ -287,6 +390,14 @@ at::Tensor hole_conv2d(const at::Tensor& base, const std::optional<at::Tensor>& 
   HoleConvParams p = checked_conv(base, windows, extents, cells, ratio, weight, bias, stride,
                                   padding, dilation, negative_slope);
   const DeviceGuard guard(base);
+  const int64_t missing = base.is_cpu() && !windows.has_value() ? channel_padding(p) : 0;
+  if (missing > 0) {  // once here, instead of each pixel for each hole
+    const auto padded = [&](const at::Tensor& tensor) {
+      return at::constant_pad_nd(tensor, {0, 0, 0, 0, 0, missing});
+    };
+    return hole_conv2d(padded(base), windows, extents, origins, cells, ratio, padded(weight), bias,
+                       stride, padding, dilation, negative_slope);
+  }
   const Workspace work = bind_inputs(kConv, p, base, windows, extents, origins, p.origins);
   const at::Tensor of_cells = cells.contiguous(), of_ratio = ratio.contiguous();
   const at::Tensor of_weight = weight.contiguous();
@@ -306,7 +417,7 @@ at::Tensor hole_conv2d(const at::Tensor& base, const std::optional<at::Tensor>& 
     p.packed = packed.mutable_data_ptr();
     run_kernel(base, p, weight_panels(p), 1, pack_weight_cpu, GLANCE_CUDA(hole_conv_cuda));
   }
-  run_kernel(base, p, p.window_count(), 1, hole_conv_cpu, GLANCE_CUDA(hole_conv_cuda));
+  run_kernel_in_blocks(base, p, p.window_count(), 4, hole_conv_cpu, GLANCE_CUDA(hole_conv_cuda));
   return output;
 }
 
@@ -350,15 +461,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hole_conv2d_backward(
                                      .to(base.scalar_type())
                                      .reshape({count, p.out_height, p.out_width, p.out_channels})
                                      .permute({0, 3, 1, 2});
-    const at::Tensor steps = at::empty({2}, origins.options());
-    std::array<int64_t, 2> tile;
-    for (int axis = 0; axis < 2; ++axis) {
-      tile[axis] = ((axis ? p.out_width : p.out_height) - 1) * p.stride[axis] +
-                   (p.kernel[axis] - 1) * p.dilation[axis] + 1;
-      steps[axis].fill_(p.stride[axis]);
-    }
-    at::Tensor tile_origins = origins * steps;
-    for (int axis = 0; axis < 2; ++axis) tile_origins.select(-1, axis).sub_(p.padding[axis]);
+    const auto [tile_origins, tile] = input_tiles(p, origins);
     const at::Tensor tiles = gather_holes(base, windows, extents, tile_origins, tile, 0)
                                  .permute({0, 1, 3, 4, 2})
                                  .reshape({count, tile[0], tile[1], p.channels})
@@ -384,6 +487,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hole_conv2d_backward(
 TORCH_LIBRARY_IMPL(glance_ext, CPU, m) {
   m.impl("gather_holes", &gather_holes);
   m.impl("gather_holes_backward", &gather_holes_backward);
+  m.impl("hole_max_pool2d", &hole_max_pool2d);
+  m.impl("hole_max_pool2d_backward", &hole_max_pool2d_backward);
   m.impl("hole_conv2d", &hole_conv2d);
   m.impl("hole_conv2d_backward", &hole_conv2d_backward);
 }
@@ -392,6 +497,8 @@ TORCH_LIBRARY_IMPL(glance_ext, CPU, m) {
 TORCH_LIBRARY_IMPL(glance_ext, CUDA, m) {
   m.impl("gather_holes", &gather_holes);
   m.impl("gather_holes_backward", &gather_holes_backward);
+  m.impl("hole_max_pool2d", &hole_max_pool2d);
+  m.impl("hole_max_pool2d_backward", &hole_max_pool2d_backward);
   m.impl("hole_conv2d", &hole_conv2d);
   m.impl("hole_conv2d_backward", &hole_conv2d_backward);
 }

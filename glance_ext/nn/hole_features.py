@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from glance_ext.nn.hole_plan import HoleGeometry, HoleStep, LayerShape, plan_geometry
 from glance_ext.nn.partial_conv import PartialConv2d
 from glance_ext.nn.pooling import MaskedMaxPool2d
-from glance_ext.ops import gather_holes, hole_conv2d
+from glance_ext.ops import gather_holes, hole_conv2d, hole_max_pool2d
 
 _KNOWN = "PartialConv2d, Conv2d, ReLU, LeakyReLU, MaxPool2d or MaskedMaxPool2d"
 # Windows that are worked on together: what a CPU's last cache holds, and what a GPU spares.
@@ -391,7 +391,7 @@ def _step(layer: _Layer, step: HoleStep, base: Tensor, windows: Tensor | None) -
                 shape.dilation,
                 layer.slope,
             )
-        tiles = _tiles(layer, step, base, windows, 0.0)
+        tiles = _tiles(layer, step, base, windows)
         x = F.conv2d(
             tiles.flatten(0, 1), weight, None, shape.stride, 0, shape.dilation, module.groups
         ).unflatten(0, tiles.shape[:2])
@@ -400,14 +400,20 @@ def _step(layer: _Layer, step: HoleStep, base: Tensor, windows: Tensor | None) -
         if bias is not None:
             x = x + bias[:, None, None]
         return torch.where(scale != 0, _activated(x, layer.slope), 0)
-    tiles = _tiles(layer, step, base, windows, float("-inf"))
-    x = F.max_pool2d(tiles.flatten(0, 1), shape.kernel, shape.stride, 0, shape.dilation)
-    return x.unflatten(0, tiles.shape[:2])
+    return hole_max_pool2d(
+        base,
+        windows,
+        step.extents,
+        step.origins,
+        shape.kernel,
+        shape.stride,
+        step.size,
+        shape.padding,
+        shape.dilation,
+    )
 
 
-def _tiles(
-    layer: _Layer, step: HoleStep, base: Tensor, windows: Tensor | None, fill: float
-) -> Tensor:
+def _tiles(layer: _Layer, step: HoleStep, base: Tensor, windows: Tensor | None) -> Tensor:
     """The part of the input that each hole's next window depends on ``(N, P, C, th, tw)``."""
     shape = layer.shape
     stride = torch.tensor(shape.stride, dtype=torch.int32, device=base.device)
@@ -416,4 +422,4 @@ def _tiles(
         (step.size[i] - 1) * shape.stride[i] + shape.dilation[i] * (shape.kernel[i] - 1) + 1
         for i in range(2)
     ]
-    return gather_holes(base, windows, step.extents, step.origins * stride - padding, size, fill)
+    return gather_holes(base, windows, step.extents, step.origins * stride - padding, size)

@@ -300,6 +300,41 @@ def check_gather_holes(
     _check_origins(op, origins, extents, base)
 
 
+def check_hole_max_pool2d(
+    base: Tensor,
+    windows: Tensor | None,
+    extents: Tensor,
+    origins: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    window_size: Sequence[int],
+) -> None:
+    """Checks the arguments of ``hole_max_pool2d``, all but the values of the geometry."""
+    op = "hole_max_pool2d"
+    _check_windows(op, base, windows, extents)
+    for name, value in (
+        ("window_size", window_size),
+        ("kernel_size", kernel_size),
+        ("stride", stride),
+        ("dilation", dilation),
+    ):
+        _require_pair(op, name, value)
+        require(
+            value[0] > 0 and value[1] > 0,
+            op,
+            f"{name} to be positive, got ({value[0]}, {value[1]})",
+        )
+    _require_pair(op, "padding", padding)
+    require(
+        padding[0] >= 0 and padding[1] >= 0,
+        op,
+        f"padding not to be negative, got ({padding[0]}, {padding[1]})",
+    )
+    _check_origins(op, origins, extents, base)
+
+
 def check_hole_conv2d(
     base: Tensor,
     windows: Tensor | None,

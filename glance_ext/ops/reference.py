@@ -16,6 +16,7 @@ from glance_ext.ops._checks import (
     check_aggregate,
     check_gather_holes,
     check_hole_conv2d,
+    check_hole_max_pool2d,
     check_partial_conv2d,
     memory_format,
     require,
@@ -132,6 +133,33 @@ def gather_holes(
     if not tiles:
         return base.new_empty((*maps.shape[:3], height, width))
     return torch.stack(tiles).unflatten(0, maps.shape[:2])
+
+
+def hole_max_pool2d(
+    base: Tensor,
+    windows: Tensor | None,
+    extents: Tensor,
+    origins: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    window_size: Sequence[int],
+) -> Tensor:
+    """``hole_max_pool2d``: whole maps with their windows in place, cut, then pooled."""
+    check_hole_max_pool2d(
+        base, windows, extents, origins, kernel_size, stride, padding, dilation, window_size
+    )
+    steps = torch.tensor(list(stride), dtype=torch.int32, device=origins.device)
+    margin = torch.tensor(list(padding), dtype=torch.int32, device=origins.device)
+    size = [
+        (window_size[i] - 1) * stride[i] + dilation[i] * (kernel_size[i] - 1) + 1 for i in range(2)
+    ]
+    tiles = gather_holes(base, windows, extents, origins * steps - margin, size, float("-inf"))
+    pooled = F.max_pool2d(
+        tiles.flatten(0, 1), tuple(kernel_size), tuple(stride), 0, tuple(dilation)
+    )
+    return pooled.unflatten(0, tiles.shape[:2])
 
 
 def hole_conv2d(

@@ -214,6 +214,29 @@ def _gather_holes_backward(
     return changed
 
 
+def _hole_max_pool(**form: bool) -> Callable[[str, torch.dtype, int, int], list[Any]]:
+    def make(device: str, dtype: torch.dtype, seed: int, batch: int) -> list[Any]:
+        holes = _holes(seed=seed, batch=batch, **form)
+        moved = _moved_holes(holes, "base windows extents origins", device, dtype)
+        return [*moved, [3, 2], [2, 1], [1, 1], [1, 2], [2, 3]]
+
+    return make
+
+
+def _hole_max_pool_backward(
+    make: Callable[[str, torch.dtype, int, int], list[Any]],
+) -> Callable[[str, torch.dtype, int, int], list[Any]]:
+    def changed(device: str, dtype: torch.dtype, seed: int, batch: int) -> list[Any]:
+        base, windows, extents, origins, *settings, size = make(device, dtype, seed, batch)
+        random = torch.Generator().manual_seed(seed + 1000)
+        grad = torch.randn(
+            batch, extents.shape[-2], base.shape[1], *size, generator=random, dtype=torch.float64
+        )
+        return [grad.to(device, dtype), base, windows, extents, origins, *settings, [True, True]]
+
+    return changed
+
+
 def _hole_conv(
     slope: float = 0.1, **form: bool
 ) -> Callable[[str, torch.dtype, int, int], list[Any]]:
@@ -319,6 +342,15 @@ CASES += [
         "gather_holes_backward",
         "windows",
         _gather_holes_backward(_gather_holes()),
+        batched=(0, 1, 2),
+    ),
+    Case("hole_max_pool2d", "holes", _hole_max_pool(**_SHARED_HOLES), (0,), batched=(0,)),
+    Case("hole_max_pool2d", "windows", _hole_max_pool(), (0, 1), batched=(0, 1)),
+    Case("hole_max_pool2d", "own", _hole_max_pool(**_OWN_HOLES), (0, 1), batched=(0, 1, 2, 3)),
+    Case(
+        "hole_max_pool2d_backward",
+        "windows",
+        _hole_max_pool_backward(_hole_max_pool()),
         batched=(0, 1, 2),
     ),
     Case("hole_conv2d", "holes", _hole_conv(**_SHARED_HOLES), (0, 6, 7), batched=(0,)),
