@@ -102,8 +102,11 @@ step "tests" run_tests
 # Compilers' own kernels are not ours to check, and slow to.
 step "memcheck: op tests" sanitize memcheck "$PYTHON" -m pytest tests/ops -m cuda -k "not compile"
 step "racecheck: aggregation" race
-for dtype in float32 bfloat16; do
-  step "bench: ops $dtype" bench ops "$dtype"
+# float32 may round the factors of its products to TF32, as torch's convolutions do by default.
+for suite in ops detect; do
+  for dtype in float32 bfloat16; do
+    step "bench: $suite $dtype" bench "$suite" "$dtype"
+  done
 done
 
 printf '\n=== summary\n'

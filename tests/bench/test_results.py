@@ -200,5 +200,7 @@ class TestGpuCheck:
         assert outcomes["build"] == "FAILED (exit 3)"
         assert outcomes["tests"] == "ok"
         assert outcomes["memcheck: op tests"] == "FAILED (exit 127)"
-        assert outcomes["bench: ops bfloat16"] == "ok"
-        assert "bench ops --device cuda --dtype bfloat16" in run.stderr
+        for suite in ("ops", "detect"):
+            for dtype in ("float32", "bfloat16"):
+                assert outcomes[f"bench: {suite} {dtype}"] == "ok"
+                assert f"bench {suite} --device cuda --dtype {dtype}" in run.stderr
