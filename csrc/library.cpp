@@ -52,4 +52,10 @@ TORCH_LIBRARY(glance_ext, m) {
       "Tensor extents, Tensor origins, Tensor ratio, Tensor weight, SymInt[2] stride, "
       "SymInt[2] padding, SymInt[2] dilation, float negative_slope, bool[4] output_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  // the last layer's windows; a layer without a weight is a max-pooling, and `settings` has its
+  // kernel, stride, padding and dilation. No autograd: for inference.
+  m.def(
+      "hole_sequence(Tensor[] bases, Tensor[] extents, Tensor[] origins, Tensor[] cells, "
+      "Tensor[] ratios, Tensor?[] weights, Tensor?[] biases, SymInt[] settings, "
+      "float[] negative_slopes) -> Tensor");
 }

@@ -30,7 +30,8 @@ Composed<T> composed_input(const HoleWindowsParams& p, int64_t b) {
   const int32_t* extent = p.extents + b % p.geometry_rows * 4;
   const T* windows = static_cast<const T*>(p.windows);
   return {static_cast<const T*>(p.base) + b / p.holes * p.height * p.width * p.channels,
-          windows ? windows + b * p.window_height * p.window_width * p.channels : nullptr,
+          windows ? windows + (b - p.first_window) * p.window_height * p.window_width * p.channels
+                  : nullptr,
           extent[0],
           extent[1],
           extent[2],

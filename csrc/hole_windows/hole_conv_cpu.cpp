@@ -104,11 +104,17 @@ class WindowConv {
 
   // Fills the tile of window b and lists its cells as rows of the product.
   void load(int64_t b, C* tile) {
-    T* output = static_cast<T*>(p_.output) + b * window_cells_ * p_.out_channels;
+    T* output =
+        static_cast<T*>(p_.output) + (b - p_.first_output) * window_cells_ * p_.out_channels;
     const int64_t g = b % p_.geometry_rows;
+    // The cells of a window follow those of the window before.
     const int32_t* all = p_.cells + p_.cell_count;
-    const int32_t* cell = std::lower_bound(p_.cells, all, g * window_cells_);
-    const int32_t* cells_end = std::lower_bound(cell, all, (g + 1) * window_cells_);
+    const int32_t* cell =
+        g == next_geometry_ ? next_cell_ : std::lower_bound(p_.cells, all, g * window_cells_);
+    const int32_t* most = cell + std::min<int64_t>(window_cells_, all - cell);
+    const int32_t* cells_end = std::lower_bound(cell, most, (g + 1) * window_cells_);
+    next_geometry_ = g + 1;
+    next_cell_ = cells_end;
     int64_t cleared = 0;  // cells before this one are computed or zero
     const auto clear_until = [&](int64_t at) {
       if (at > cleared) {
@@ -204,6 +210,8 @@ class WindowConv {
   const Plan<T, C, A, O>& plan_;
   int64_t window_cells_;
   int64_t group_;
+  int64_t next_geometry_ = -1;  // whose first cell is next_cell_
+  const int32_t* next_cell_ = nullptr;
   std::unique_ptr<C[]> tiles_;
   std::vector<A> bias_;
   std::vector<O> results_;

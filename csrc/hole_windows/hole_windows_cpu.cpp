@@ -85,8 +85,7 @@ void max_pool(const HolePoolParams& p, int64_t begin, int64_t end) {
   const MaxKernel<T> kernel = max_kernel<T>(best_instruction_set());
   const T nothing = narrow<T>(-std::numeric_limits<accumulate_t<T>>::infinity());
   const int64_t c = p.channels;
-  const int64_t height =
-      (p.out_height - 1) * p.stride[0] + (p.kernel[0] - 1) * p.dilation[0] + 1;
+  const int64_t height = (p.out_height - 1) * p.stride[0] + (p.kernel[0] - 1) * p.dilation[0] + 1;
   const int64_t width = (p.out_width - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1;
   std::vector<T> tile(height * width * c);
   std::vector<int64_t> offsets;
@@ -104,7 +103,7 @@ void max_pool(const HolePoolParams& p, int64_t begin, int64_t end) {
                origin[1] * p.stride[1] - p.padding[1], width, nothing, c,
                tile.data() + y * width * c);
     }
-    T* output = static_cast<T*>(p.output) + b * p.out_height * p.out_width * c;
+    T* output = static_cast<T*>(p.output) + (b - p.first_output) * p.out_height * p.out_width * c;
     for (int64_t y = 0; y < p.out_height; ++y) {
       for (int64_t x = 0; x < p.out_width; ++x, output += c) {
         const T* corner = tile.data() + (y * p.stride[0] * width + x * p.stride[1]) * c;

@@ -1,5 +1,6 @@
 // Tensors -> Hole*Params -> kernels, for glance_ext::gather_holes, hole_max_pool2d, hole_conv2d and
 // their backwards.
+#include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/convolution_backward.h>
@@ -12,6 +13,7 @@
 
 #include <limits>
 #include <tuple>
+#include <vector>
 
 #include "common/tensor_check.h"
 #include "hole_windows/hole_windows.h"
@@ -97,7 +99,13 @@ void check_extents(const char* op, const HoleWindowsParams& p) {
                            e[0] + int64_t(e[2]) <= p.height && e[1] + int64_t(e[3]) <= p.width,
                        op, "every extent inside the ", p.height, "x", p.width, " map, got extent ",
                        g, " of ", e[2], "x", e[3], " at row ", e[0], ", column ", e[1]);
-    GLANCE_CHECK_VALUE(!p.windows || (e[2] <= p.window_height && e[3] <= p.window_width), op,
+  }
+}
+
+void check_windows_hold(const char* op, const HoleWindowsParams& p) {
+  for (int64_t g = 0; g < p.geometry_rows; ++g) {
+    const int32_t* e = p.extents + g * 4;
+    GLANCE_CHECK_VALUE(e[2] <= p.window_height && e[3] <= p.window_width, op,
                        "every extent to fit its window of ", p.window_height, "x", p.window_width,
                        ", got extent ", g, " of ", e[2], "x", e[3]);
   }
@@ -122,7 +130,10 @@ Workspace bind_inputs(const char* op, HoleWindowsParams& p, const at::Tensor& ba
   p.windows = windows.has_value() ? work.windows.const_data_ptr() : nullptr;
   p.extents = work.extents.const_data_ptr<int32_t>();
   origin_pointer = work.origins.const_data_ptr<int32_t>();
-  if (base.is_cpu()) check_extents(op, p);
+  if (base.is_cpu()) {
+    check_extents(op, p);
+    if (windows.has_value()) check_windows_hold(op, p);
+  }
   return work;
 }
 
@@ -285,9 +296,8 @@ std::tuple<at::Tensor, at::Tensor> hole_max_pool2d_backward(
   const HolePoolParams p = checked_pool(base, windows, extents, kernel, stride, padding, dilation,
                                         grad_output.sizes().slice(3));
   const std::array<int64_t, 5> expected{p.batch, p.holes, p.channels, p.out_height, p.out_width};
-  GLANCE_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(expected), op,
-                     "grad_output of shape ", at::IntArrayRef(expected), ", got ",
-                     grad_output.sizes());
+  GLANCE_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(expected), op, "grad_output of shape ",
+                     at::IntArrayRef(expected), ", got ", grad_output.sizes());
   GLANCE_CHECK_TYPE(grad_output.scalar_type() == base.scalar_type(), op,
                     "grad_output of the base's ", dtype_name(base), ", got ",
                     dtype_name(grad_output));
@@ -368,6 +378,7 @@ HoleConvParams checked_conv(const at::Tensor& base, const std::optional<at::Tens
   GLANCE_CHECK_VALUE(negative_slope >= 0, kConv, "negative_slope not to be negative, got ",
                      negative_slope);
   p.negative_slope = negative_slope;
+  p.tf32 = at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);  // as for torch's own
   return p;
 }
 
@@ -380,6 +391,14 @@ void check_cells(const HoleConvParams& p) {
                        previous);
     previous = p.cells[i];
   }
+}
+
+int64_t workspace_bytes(const HoleConvParams& p, bool on_cpu) {
+#ifdef GLANCE_EXT_WITH_CUDA
+  if (!on_cpu) return hole_conv_workspace_bytes(p);
+#endif
+  TORCH_INTERNAL_ASSERT(on_cpu);
+  return packed_weight_bytes(p);
 }
 
 at::Tensor hole_conv2d(const at::Tensor& base, const std::optional<at::Tensor>& windows,
@@ -411,10 +430,10 @@ at::Tensor hole_conv2d(const at::Tensor& base, const std::optional<at::Tensor>& 
                                         p.out_width, /*zero=*/base.is_cuda());
   if (output.numel() == 0) return output;
   p.output = output.mutable_data_ptr();
-  at::Tensor packed;
+  const int64_t bytes = workspace_bytes(p, base.is_cpu());
+  const at::Tensor packed = at::empty({bytes}, base.options().dtype(at::kByte));
+  p.packed = packed.mutable_data_ptr();
   if (base.is_cpu()) {
-    packed = at::empty({packed_weight_bytes(p)}, base.options().dtype(at::kByte));
-    p.packed = packed.mutable_data_ptr();
     run_kernel(base, p, weight_panels(p), 1, pack_weight_cpu, GLANCE_CUDA(hole_conv_cuda));
   }
   run_kernel_in_blocks(base, p, p.window_count(), 4, hole_conv_cpu, GLANCE_CUDA(hole_conv_cuda));
@@ -482,6 +501,161 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hole_conv2d_backward(
   return {grad_base, grad_windows, grad_weight, grad_bias};
 }
 
+constexpr const char* kSequence = "hole_sequence";
+constexpr size_t kSettings = 8;  // of a layer: kernel, stride, padding, dilation, each of two axes
+
+// The arguments of one layer of a sequence, as hole_conv2d and hole_max_pool2d take them.
+struct SequenceLayer {
+  at::Tensor base, extents, origins, cells, ratio;
+  std::optional<at::Tensor> weight, bias;  // no weight: a max-pooling
+  at::IntArrayRef kernel, stride, padding, dilation;
+  double negative_slope;
+};
+
+std::vector<SequenceLayer> sequence_layers(at::TensorList bases, at::TensorList extents,
+                                           at::TensorList origins, at::TensorList cells,
+                                           at::TensorList ratios,
+                                           const c10::List<std::optional<at::Tensor>>& weights,
+                                           const c10::List<std::optional<at::Tensor>>& biases,
+                                           at::IntArrayRef settings,
+                                           at::ArrayRef<double> negative_slopes) {
+  const size_t count = bases.size();
+  GLANCE_CHECK_VALUE(count > 0, kSequence, "at least one layer, got 0 bases");
+  const auto as_many = [&](const char* name, size_t size, size_t each = 1) {
+    GLANCE_CHECK_VALUE(size == each * count, kSequence, each * count, " ", name, " for ", count,
+                       " layers, got ", size);
+  };
+  as_many("extents", extents.size());
+  as_many("origins", origins.size());
+  as_many("cells", cells.size());
+  as_many("ratios", ratios.size());
+  as_many("weights", weights.size());
+  as_many("biases", biases.size());
+  as_many("settings", settings.size(), kSettings);
+  as_many("negative_slopes", negative_slopes.size());
+  std::vector<SequenceLayer> layers;
+  for (size_t i = 0; i < count; ++i) {
+    const auto two = [&](size_t first) { return settings.slice(i * kSettings + first, 2); };
+    layers.push_back({bases[i], extents[i], origins[i], cells[i], ratios[i], weights.get(i),
+                      biases.get(i), two(0), two(2), two(4), two(6), negative_slopes[i]});
+    GLANCE_CHECK_VALUE(ratios[i].dim() >= 3, kSequence,
+                       "ratios of shape (P, ho, wo) or (N, P, ho, "
+                       "wo), got ",
+                       ratios[i].sizes());
+  }
+  return layers;
+}
+
+at::Tensor run_layer(const SequenceLayer& layer, const std::optional<at::Tensor>& windows) {
+  if (!layer.weight.has_value()) {
+    return hole_max_pool2d(layer.base, windows, layer.extents, layer.origins, layer.kernel,
+                           layer.stride, layer.padding, layer.dilation,
+                           layer.ratio.sizes().slice(layer.ratio.dim() - 2));
+  }
+  return hole_conv2d(layer.base, windows, layer.extents, layer.origins, layer.cells, layer.ratio,
+                     *layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation,
+                     layer.negative_slope);
+}
+
+// On a CPU: checks every layer as its own op would, and fills in all but the windows.
+class BoundSequence {
+ public:
+  explicit BoundSequence(const std::vector<SequenceLayer>& layers) {
+    std::optional<at::Tensor> windows;
+    for (const SequenceLayer& layer : layers) {
+      bound_.emplace_back();
+      HoleLayer& to = bound_.back();
+      if (layer.weight.has_value()) {
+        bind_conv(to.conv, layer, windows);
+      } else {
+        to.pool = checked_pool(layer.base, windows, layer.extents, layer.kernel, layer.stride,
+                               layer.padding, layer.dilation,
+                               layer.ratio.sizes().slice(layer.ratio.dim() - 2));
+        bind(kPool, to.pool, layer, windows, to.pool.origins);
+      }
+      const HoleWindowsParams& p = to.input();
+      const int64_t channels = to.is_pool() ? p.channels : to.conv.out_channels;
+      // Stands for what this layer will give: a shape without memory.
+      windows =
+          at::empty({1}, layer.base.options())
+              .expand({p.batch, p.holes, channels, layer.ratio.size(-2), layer.ratio.size(-1)});
+    }
+    const at::Tensor& last = *windows;
+    output_ =
+        new_windows(last, last.size(0), last.size(1), last.size(2), last.size(3), last.size(4));
+  }
+
+  at::Tensor run() {
+    HoleLayer& last = bound_.back();
+    if (output_.numel() == 0) return output_;
+    (last.is_pool() ? last.pool.output : last.conv.output) = output_.mutable_data_ptr();
+    for (HoleLayer& layer : bound_) {
+      if (layer.is_pool()) continue;
+      held_.push_back(
+          at::empty({packed_weight_bytes(layer.conv)}, output_.options().dtype(at::kByte)));
+      layer.conv.packed = held_.back().mutable_data_ptr();
+      run_kernel(output_, layer.conv, weight_panels(layer.conv), 1, pack_weight_cpu,
+                 GLANCE_CUDA(hole_conv_cuda));
+    }
+    const auto sequence = [](const std::vector<HoleLayer>& layers, int64_t begin, int64_t end) {
+      hole_sequence_cpu(layers.data(), static_cast<int64_t>(layers.size()), begin, end);
+    };
+    const auto never = [](const std::vector<HoleLayer>&, void*) { return 0; };
+    run_kernel_in_blocks(output_, bound_, last.input().window_count(), 64, sequence, never);
+    return output_;
+  }
+
+ private:
+  template <typename Params>
+  void bind(const char* op, Params& p, const SequenceLayer& layer,
+            const std::optional<at::Tensor>& windows, const int32_t*& origins) {
+    Workspace work =
+        bind_inputs(op, p, layer.base, std::nullopt, layer.extents, layer.origins, origins);
+    if (windows.has_value()) check_windows_hold(op, p);
+    held_.insert(held_.end(), {work.base, work.extents, work.origins});
+  }
+
+  void bind_conv(HoleConvParams& p, SequenceLayer layer, const std::optional<at::Tensor>& windows) {
+    p = checked_conv(layer.base, windows, layer.extents, layer.cells, layer.ratio, *layer.weight,
+                     layer.bias, layer.stride, layer.padding, layer.dilation, layer.negative_slope);
+    if (const int64_t missing = windows.has_value() ? 0 : channel_padding(p); missing > 0) {
+      layer.base = at::constant_pad_nd(layer.base, {0, 0, 0, 0, 0, missing});
+      layer.weight = at::constant_pad_nd(*layer.weight, {0, 0, 0, 0, 0, missing});
+      p.channels += missing;
+    }
+    bind(kConv, p, layer, windows, p.origins);
+    for (const at::Tensor& tensor : {layer.cells, layer.ratio, *layer.weight}) {
+      held_.push_back(tensor.contiguous());
+    }
+    const at::Tensor* last = held_.data() + held_.size();
+    p.cells = last[-3].const_data_ptr<int32_t>();
+    p.ratio = last[-2].const_data_ptr();
+    p.weight = last[-1].const_data_ptr();
+    if (layer.bias.has_value()) {
+      held_.push_back(layer.bias->contiguous());
+      p.bias = held_.back().const_data_ptr();
+    }
+    check_cells(p);
+  }
+
+  std::vector<HoleLayer> bound_;
+  std::vector<at::Tensor> held_;  // the tensors behind the pointers
+  at::Tensor output_;
+};
+
+at::Tensor hole_sequence(at::TensorList bases, at::TensorList extents, at::TensorList origins,
+                         at::TensorList cells, at::TensorList ratios,
+                         const c10::List<std::optional<at::Tensor>>& weights,
+                         const c10::List<std::optional<at::Tensor>>& biases,
+                         at::IntArrayRef settings, at::ArrayRef<double> negative_slopes) {
+  const std::vector<SequenceLayer> layers = sequence_layers(
+      bases, extents, origins, cells, ratios, weights, biases, settings, negative_slopes);
+  if (bases[0].is_cpu()) return BoundSequence(layers).run();
+  std::optional<at::Tensor> windows;
+  for (const SequenceLayer& layer : layers) windows = run_layer(layer, windows);
+  return *windows;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(glance_ext, CPU, m) {
@@ -491,6 +665,7 @@ TORCH_LIBRARY_IMPL(glance_ext, CPU, m) {
   m.impl("hole_max_pool2d_backward", &hole_max_pool2d_backward);
   m.impl("hole_conv2d", &hole_conv2d);
   m.impl("hole_conv2d_backward", &hole_conv2d_backward);
+  m.impl("hole_sequence", &hole_sequence);
 }
 
 #ifdef GLANCE_EXT_WITH_CUDA
@@ -501,6 +676,7 @@ TORCH_LIBRARY_IMPL(glance_ext, CUDA, m) {
   m.impl("hole_max_pool2d_backward", &hole_max_pool2d_backward);
   m.impl("hole_conv2d", &hole_conv2d);
   m.impl("hole_conv2d_backward", &hole_conv2d_backward);
+  m.impl("hole_sequence", &hole_sequence);
 }
 #endif
 

@@ -115,9 +115,8 @@ void avx512(const MicroTile<float, float, float>& tile) {
     GLANCE_UNROLL
     for (int v = 0; v < kVectors; ++v) {
       if (tile.width <= v * 16) break;
-      _mm512_mask_storeu_ps(
-          tile.out[m] + v * 16, first_lanes(tile.width - v * 16),
-          finished(sum[m][v], ratio, tile.bias + v * 16, tile.negative_slope));
+      _mm512_mask_storeu_ps(tile.out[m] + v * 16, first_lanes(tile.width - v * 16),
+                            finished(sum[m][v], ratio, tile.bias + v * 16, tile.negative_slope));
     }
   }
 }

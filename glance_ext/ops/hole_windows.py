@@ -1,4 +1,4 @@
-"""``hole_conv2d``, ``hole_max_pool2d``, ``gather_holes``: docstring, fake, autograd, vmap; csrc/hole_windows/."""
+"""``hole_conv2d``, ``hole_max_pool2d``, ``gather_holes``; csrc/hole_windows/."""
 
 from __future__ import annotations
 

@@ -279,6 +279,6 @@ def test_geometry_that_would_read_elsewhere_is_an_error_on_the_cpu(
     if position == 2 and change[:2] == (2, 2):
         arguments[2][2, 0] = 4  # so that the larger extent is inside the map
     arguments[position][change[:-1]] = change[-1]
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"^hole_conv2d: ") as caught:
         torch.ops.glance_ext.hole_conv2d(*arguments)
     assert str(caught.value).splitlines()[0] == f"hole_conv2d: expected {expected}"
