@@ -133,8 +133,11 @@ step "memcheck: holes" holes memcheck
 step "racecheck: aggregation" race
 step "racecheck: holes" holes racecheck --kernel-name kernel_substring=glance
 step "initcheck: holes" holes initcheck --kernel-name kernel_substring=glance
-for dtype in float32 bfloat16; do
-  step "bench: ops $dtype" bench ops "$dtype"
+# float32 may round the factors of its products to TF32, as torch's convolutions do by default.
+for suite in ops detect; do
+  for dtype in float32 bfloat16; do
+    step "bench: $suite $dtype" bench "$suite" "$dtype"
+  done
 done
 
 printf '\n=== summary\n'
