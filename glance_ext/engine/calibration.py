@@ -47,7 +47,7 @@ class Calibration:
     held_out_scores: tuple[float, ...]
     pixel_range: tuple[float, float]
     optimistic: bool
-    tile: bool
+    tile: bool = False
 
     def mix(self, scores: HeadScores) -> Tensor:
         """``s = lambda_s s_IAD + (1 - lambda_s) s_DAD`` (paper, equation 8).
