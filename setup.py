@@ -51,6 +51,9 @@ CUDA_SOURCES = [
 ]
 OP_SOURCES = [
     "csrc/library.cpp",
+    "csrc/hole_windows/hole_conv_op.cpp",
+    "csrc/hole_windows/hole_max_pool_op.cpp",
+    "csrc/hole_windows/hole_sequence_op.cpp",
     "csrc/hole_windows/hole_windows_op.cpp",
     "csrc/partial_conv/partial_conv_op.cpp",
     "csrc/patch_scores/patch_scores_op.cpp",
