@@ -155,6 +155,7 @@ def goal_table(runs: Iterable[Run]) -> str:
     one, many = "detect/map/stride4_n1", "detect/map/stride4_n16"
     head = (
         "machine, dtype", "P50 ms", "P95 ms", "reference ms", "reference / ours",
+        "each alone: reference ms", "reference / ours",
         "patch by patch / ours", "ours / limit", "peak MiB", "16 images: images a second",
         "ours / limit", "peak MiB", "largest error, relative",
     )  # fmt: skip
@@ -169,6 +170,8 @@ def goal_table(runs: Iterable[Run]) -> str:
                 ms(run.get(one, "ours", "p95_ms")),
                 ms(run.get(one, "reference")),
                 times(run.ratio(one, "reference", "ours")),
+                ms(run.get(one, "reference-alone")),
+                times(run.ratio(one, "reference-alone", "ours-alone")),
                 times(run.ratio(one, "patches", "ours")),
                 times(run.ratio(one, "ours", "limit")),
                 mib(run.get(one, "ours", "peak_mib")),

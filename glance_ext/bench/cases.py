@@ -41,11 +41,13 @@ class Variant:
         run: Does the work once and returns its results by name.
         expected: Computes those results in float64.
         part: Takes from a result what ``expected`` has of it; None = all.
+        elsewhere: Whether it runs in another process, whose memory cannot be seen from here.
     """
 
     run: Callable[[], Outputs]
     expected: Callable[[], Outputs]
     part: Callable[[Tensor], Tensor] | None = None
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from glance_ext.bench import detect_reference as plain
+from glance_ext.bench.alone import Alone
 from glance_ext.bench.cases import Case, Outputs, Variant
 from glance_ext.bench.detect_truth import Block, Truth, blocks
 from glance_ext.bench.limits import Work
@@ -69,6 +70,7 @@ SHAPES = (
     *(Shape("map", grid) for grid in ("paper", 16, 8, 2)),
     *(Shape("windows", 8, side=side) for side in (256, 512, 1024)),
 )
+_ALONE = ("detect/map/stride4_n1", "detect/map/stride33_n1")
 _PATCH_BY_PATCH = ("detect/map/stride4_n1", "detect/map/paper_n1", "detect/map/stride33_n1")
 QUICK_SHAPES = (
     Shape("map", 33, 1),
@@ -106,6 +108,24 @@ def windows_of(image: Tensor) -> Tensor:
     """``(N, 3, S, S)`` as overlapping windows ``(N * k, 3, 256, 256)``, half a window apart."""
     views = image.unfold(2, _SIDE, _WINDOW_STRIDE).unfold(3, _SIDE, _WINDOW_STRIDE)
     return views.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+
+
+def maps_of(scores: HeadScores, origins: Tensor) -> Tensor:
+    """The anomaly maps of patch scores on a grid."""
+    return aggregate_patch_scores(paper_score(scores), PATCH_SIZE, IMAGE_SIZE, origins=origins)
+
+
+def reference_alone(model: Glance, images: Tensor, starts: Sequence[int]) -> Callable[[], Tensor]:
+    """The reference as a script runs it, for :class:`~glance_ext.bench.alone.Alone`."""
+    return partial(plain.detect_maps, model, images, starts)
+
+
+def ours_alone(model: Glance, images: Tensor, grid: str | int) -> Callable[[], Tensor]:
+    """Our detection as a script runs it, for :class:`~glance_ext.bench.alone.Alone`."""
+    patches = patch_grid(grid)
+    dtype = next(model.global_net.parameters()).dtype
+    plan = model.plan(patches.starts, patches.starts, device=images.device, dtype=dtype)
+    return lambda: maps_of(model.score_grid(images, plan), patches.origins)
 
 
 class _Setup:
@@ -199,7 +219,12 @@ class _Inputs:
         runs = getattr(self, f"_run_{self.shape.stage}")()
         expected, part = getattr(self, f"_expect_{self.shape.stage}")()
         return {
-            variant: Variant(partial(_outputs, name, run), partial(_outputs, name, expected), part)
+            variant: Variant(
+                partial(_outputs, name, run),
+                partial(_outputs, name, expected),
+                part,
+                elsewhere=isinstance(run, Alone),
+            )
             for variant, run in runs.items()
         }
 
@@ -221,6 +246,11 @@ class _Inputs:
         # Each patch by a masked pass of its own, in the package's own ops: float32 alone.
         if self.shape.name in _PATCH_BY_PATCH and self.setup.dtype == torch.float32:
             runs["patches"] = lambda: self._maps(model.score_patches(self.images, self.origins))
+        if self.shape.name in _ALONE and self.setup.device.type == "cpu":
+            runs["reference-alone"] = Alone(
+                reference_alone, self.setup.reference, self.images, self.starts
+            )
+            runs["ours-alone"] = Alone(ours_alone, model, self.images, self.shape.grid)
         return runs
 
     def _run_windows(self) -> dict[str, Callable[[], Tensor]]:
