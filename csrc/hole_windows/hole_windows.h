@@ -5,8 +5,8 @@
 // they are those of the base pass. So one step of the shared computation is, for hole b of image n,
 //
 //   input(y, x) = 0                                     outside the map (padding)
-//                 windows[b, y - r, x - c]              inside the hole's extent (r, c, rows,
-//                 columns) base[n, y, x]                         elsewhere
+//                 windows[b, y - r, x - c]              inside the hole's extent (r, c, h, w)
+//                 base[n, y, x]                         elsewhere
 //   output[b, i, j] = act(ratio[b, i, j] * sum_t weight_t . input(y_t, x_t) + bias)
 //                     with y_t = (origin_r + i) * stride - padding + dilation * t_y, x_t alike
 //

@@ -38,8 +38,9 @@ class Shape:
     """One case.
 
     Attributes:
-        stage: ``map`` (all of detection), ``local``, ``global``, ``scores``, ``aggregate``, or
-            ``windows``: the maps of overlapping windows of a larger image, half a window apart.
+        stage: ``map`` (all of detection), ``local``, ``global``, ``scores``, ``aggregate``;
+            ``alone``, all of it in a process of its own for each variant, on a CPU; or ``windows``:
+            the maps of overlapping windows of a larger image, half a window apart.
         grid: ``paper`` or a stride, in each image or window.
         images: How many.
         side: Of the image in pixels.
@@ -69,11 +70,12 @@ SHAPES = (
     *(Shape(stage, 4, images) for stage in STAGES for images in (1, 16)),
     *(Shape("map", grid) for grid in ("paper", 16, 8, 2)),
     *(Shape("windows", 8, side=side) for side in (256, 512, 1024)),
+    Shape("alone", 4),
 )
-_ALONE = ("detect/map/stride4_n1", "detect/map/stride33_n1")
 _PATCH_BY_PATCH = ("detect/map/stride4_n1", "detect/map/paper_n1", "detect/map/stride33_n1")
 QUICK_SHAPES = (
     Shape("map", 33, 1),
+    Shape("alone", 33),
     Shape("map", 33, 2),
     *(Shape(stage, 33) for stage in STAGES),
     Shape("windows", 33, side=512),  # the first and the last window do not overlap,
@@ -84,7 +86,8 @@ def cases(dtype: torch.dtype, device: torch.device, seed: int, quick: bool) -> I
     """The whole, its stages, and larger and smaller grids, batches and images."""
     setup = _Setup(dtype, device, seed)
     for shape in QUICK_SHAPES if quick else SHAPES:
-        yield _Inputs(setup, shape).case()
+        if shape.stage != "alone" or device.type == "cpu":
+            yield _Inputs(setup, shape).case()
 
 
 def paper_score(scores: HeadScores) -> Tensor:
@@ -178,7 +181,7 @@ class _Inputs:
         self.known = [0] if shape.windows == 1 else [0, shape.windows - 1]
         self.features = setup.model.local_net.features
         device, dtype, generator = setup.device, setup.dtype, setup.generator
-        if shape.stage in ("map", "windows", "local", "global"):
+        if shape.stage in ("map", "alone", "windows", "local", "global"):
             self.images = setup.images(shape)
             self.normalised = normalise(self.images).to(dtype)
         elif shape.stage == "scores":
@@ -215,7 +218,9 @@ class _Inputs:
         )
 
     def _variants(self) -> dict[str, Variant]:
-        name = {"map": "map", "windows": "maps"}.get(self.shape.stage, self.shape.stage)
+        name = {"map": "map", "alone": "map", "windows": "maps"}.get(
+            self.shape.stage, self.shape.stage
+        )
         runs = getattr(self, f"_run_{self.shape.stage}")()
         expected, part = getattr(self, f"_expect_{self.shape.stage}")()
         return {
@@ -246,12 +251,14 @@ class _Inputs:
         # Each patch by a masked pass of its own, in the package's own ops: float32 alone.
         if self.shape.name in _PATCH_BY_PATCH and self.setup.dtype == torch.float32:
             runs["patches"] = lambda: self._maps(model.score_patches(self.images, self.origins))
-        if self.shape.name in _ALONE and self.setup.device.type == "cpu":
-            runs["reference-alone"] = Alone(
-                reference_alone, self.setup.reference, self.images, self.starts
-            )
-            runs["ours-alone"] = Alone(ours_alone, model, self.images, self.shape.grid)
         return runs
+
+    def _run_alone(self) -> dict[str, Callable[[], Tensor]]:
+        setup = self.setup
+        return {
+            "reference": Alone(reference_alone, setup.reference, self.images, self.starts),
+            "ours": Alone(ours_alone, setup.model, self.images, self.shape.grid),
+        }
 
     def _run_windows(self) -> dict[str, Callable[[], Tensor]]:
         model = self.setup.model
@@ -306,7 +313,7 @@ class _Inputs:
     def _expect_map(self) -> _Expected:
         return partial(self._truth, "map"), partial(_of_pixels, self.known, self.blocks)
 
-    _expect_windows = _expect_map
+    _expect_alone = _expect_windows = _expect_map
 
     def _expect_local(self) -> _Expected:
         return partial(self._truth, "local"), partial(_of_patches, self.known, self.blocks)

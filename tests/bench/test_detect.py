@@ -151,6 +151,7 @@ def test_the_full_suite_has_the_grids_batches_and_sizes_it_promises() -> None:
     growth |= {f"map/{grid}_n1" for grid in ("paper", "stride2", "stride8", "stride16")}
     growth |= {f"windows/stride8_{side}px" for side in (256, 512, 1024)}
     stages = ("local", "global", "scores", "aggregate")
+    growth.add("alone/stride4_n1")
     assert set(names) == growth | {f"{s}/stride4_n{n}" for s in stages for n in (1, 16)}
 
 
@@ -160,8 +161,8 @@ def test_a_quick_run_measures_every_stage(quick) -> None:
     variants: dict[str, set[str]] = {}
     for row in results["results"]:
         variants.setdefault(row["case"], set()).add(row["variant"])
-    alone = {"reference-alone", "ours-alone"} if results["metadata"]["device"] == "cpu" else set()
-    assert variants["detect/map/stride33_n1"] == {"reference", "ours", "patches", "limit"} | alone
+    assert variants["detect/map/stride33_n1"] == {"reference", "ours", "patches", "limit"}
+    assert variants["detect/alone/stride33_n1"] == {"reference", "ours", "limit"}
     assert variants["detect/map/stride33_n2"] == {"ours", "limit"}
     for stage in detect.STAGES:
         assert variants[f"detect/{stage}/stride33_n1"] == {"reference", "ours", "limit"}
