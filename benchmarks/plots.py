@@ -130,7 +130,7 @@ def sentence(run: Run) -> str:
         f"A dense anomaly map, {patches:,} overlapping patches of a 256x256 image, takes "
         f"{ms(run.get(case, 'ours'))} ms on {run.machine} ({run.dtype}), "
         f"{times(run.ratio(case, 'reference', 'ours'))} faster than the same map in plain PyTorch "
-        f"({times(run.ratio(alone, 'reference', 'ours'))} where each has a fresh process to itself) "
+        f"({times(run.ratio(alone, 'reference', 'ours'))} with a fresh process each) "
         f"and {times(run.ratio(case, 'ours', 'limit'))} what that machine's best matrix product "
         "needs for the least work."
     )
