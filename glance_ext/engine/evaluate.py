@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from glance_ext.data.datasets import GOOD, Sample
 from glance_ext.data.images import load_mask
 from glance_ext.engine.batches import detect_files
 from glance_ext.engine.detector import Detector
+from glance_ext.engine.paper import paper_table, row_key
 from glance_ext.errors import TOO_LARGE, GlanceError, InputError, NoUsableInputError
 from glance_ext.metrics import (
     ImageMetrics,
@@ -27,7 +27,6 @@ from glance_ext.metrics import (
 
 PRO_LIMIT = 0.3
 METRIC_NAMES = ("image_AUROC", "pixel_AUROC", "pixel_AUPRO", "image_F1Max", "pixel_F1Max")
-PAPER_TABLE = Path(__file__).resolve().parent.parent / "data" / "table1_mvtec_pro.csv"
 
 
 @dataclass(frozen=True)
@@ -225,13 +224,10 @@ def paper_row(category: str) -> dict[str, float]:
     Raises:
         GlanceError: The table has no such category; the message names all.
     """
-    wanted = category.replace("_", " ").casefold()
-    with PAPER_TABLE.open(encoding="utf-8", newline="") as stream:
-        rows = list(csv.DictReader(stream))
-    for row in rows:
-        if row["category"].casefold() == wanted:
-            return {k: float(v) for k, v in row.items() if k not in ("group", "category")}
-    known = ", ".join(row["category"].lower().replace(" ", "_") for row in rows[:-1])
+    table = paper_table("mvtec")
+    if row_key(category) in table:
+        return table[row_key(category)]
+    known = ", ".join(list(table)[:-1])
     raise GlanceError(
         f"--paper: expected the data set's folder to be named as one of MVTec AD's categories "
         f"({known}), got {category!r}"

@@ -1,5 +1,6 @@
 """Small data sets, each in the exact layout of a published one."""
 
+import pickle
 import zlib
 from pathlib import Path
 
@@ -84,4 +85,61 @@ def mvtec_ad_2(root: Path) -> Path:
         mask(public / "ground_truth" / "bad" / f"000_{light}_mask.png")
     draw(folder / "test_private" / "000_regular.png")
     draw(folder / "test_private_mixed" / "000_mixed.png")
+    return root
+
+
+CLASSES = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+
+
+def cifar_pixels(split: str, label: int, count: int) -> np.ndarray:
+    """Images ``(count, 3, 32, 32)`` uint8; each class has its own grey and stripes."""
+    rng = np.random.default_rng([label, len(split)])
+    x = np.arange(32)
+    stripes = 20 * np.sin(x * (label + 1) / 3)[None, None, None]
+    values = 60 + 12 * label + stripes + rng.normal(0, 4, (count, 3, 32, 32))
+    return values.clip(0, 255).astype(np.uint8)
+
+
+def cifar_batches(root: Path, train: int = 4, test: int = 2) -> Path:
+    """The official layout: five training batches and one of test images, pickled by Python 2."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    sets = {
+        split: (
+            np.concatenate([cifar_pixels(split, label, count) for label in range(10)]),
+            [label for label in range(10) for _ in range(count)],
+        )
+        for split, count in (("train", train), ("test", test))
+    }
+    order = np.random.default_rng(0).permutation(10 * train)
+    for i, part in enumerate(np.array_split(order, 5), 1):
+        images, labels = sets["train"]
+        write_batch(folder / f"data_batch_{i}", images[part], [labels[j] for j in part])
+    write_batch(folder / "test_batch", *sets["test"])
+    write_pickle(folder / "batches.meta", {b"label_names": [name.encode() for name in CLASSES]})
+    (folder / "readme.html").write_text("CIFAR-10")
+    return root
+
+
+def write_batch(path: Path, images: np.ndarray, labels: list[int]) -> None:
+    names = [f"{i}.png".encode() for i in range(len(labels))]
+    data = images.reshape(len(images), -1)
+    write_pickle(path, {b"batch_label": b"a batch", b"labels": labels, b"data": data,
+                        b"filenames": names})  # fmt: skip
+
+
+def write_pickle(path: Path, value: object) -> None:
+    path.write_bytes(pickle.dumps(value, protocol=2))
+
+
+def cifar_folders(root: Path, train: int = 4, test: int = 2) -> Path:
+    """``train/CLASS/NNNN.png`` and ``test/CLASS/NNNN.png``."""
+    for split, count in (("train", train), ("test", test)):
+        for label, name in enumerate(CLASSES):
+            for i, pixels in enumerate(cifar_pixels(split, label, count)):
+                path = root / split / name / f"{i:04}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels.transpose(1, 2, 0)).save(path)
     return root
