@@ -17,6 +17,7 @@ _COMMANDS = {
     "distill": "Distil a pretrained teacher into a new Local-Net.",
     "doctor": "Say what is installed, what was built, and what is missing.",
     "evaluate": "Measure a model on a labelled data set.",
+    "reproduce": "Train and measure all categories of a data set, beside the paper's table.",
     "train": "Train a model on images without defects.",
 }
 

@@ -19,6 +19,7 @@ from glance_ext.cli.common import (
     seed_option,
 )
 from glance_ext.cli.detect import detector_options, how, load_detector
+from glance_ext.errors import OutputError
 
 if TYPE_CHECKING:
     import torch
@@ -49,12 +50,13 @@ def command(
 
     DATASET is a folder in the MVTec layout: test/good, test/DEFECT, ground_truth/DEFECT. Figures
     are exact (every threshold, 8-connected regions, PRO integrated to a false-positive rate of 30
-    %), at the ground truth's resolution.
+    %), at the ground truth's resolution. The maps' pixels are kept on disk meanwhile, 4 bytes
+    each, in --output or else the system's folder for temporary files (TMPDIR).
     """
     from tqdm import tqdm
 
     from glance_ext.data.datasets import test_samples
-    from glance_ext.engine.evaluate import evaluate, paper_row, score_samples
+    from glance_ext.engine.evaluate import evaluate, paper_row, score_each
     from glance_ext.files import write_json
     from glance_ext.report.cases import write_cases, write_curves
 
@@ -66,8 +68,8 @@ def command(
         for problem in problems:
             failures(problem)
         bar = tqdm(samples, desc="evaluate", unit="image", dynamic_ncols=True)
-        results = score_samples(detector, bar, failures)
-        evaluation = evaluate(results)
+        results = score_each(detector, bar, failures)
+        evaluation = evaluate(results, folder=_usable(output), locate=output is not None)
 
         _print_figures(evaluation, published)
         content: dict[str, Any] = {
@@ -76,7 +78,7 @@ def command(
                 "model": str(model),
                 "dataset": name,
                 **how(detector),
-                "images": len(results),
+                "images": len(evaluation.images),
                 "failed": [str(error) for error in failures.errors],
                 "settings": detector.settings,
             },
@@ -90,9 +92,21 @@ def command(
         if output is not None:
             if not write_curves(output / "curves.png", evaluation, name):
                 say_error("note: there is no curve to draw")
-            write_cases(output / "cases.png", detector, results)
+            write_cases(output / "cases.png", detector, evaluation.images)
             say(f"pictures: {output}")
     return failures.exit_code()
+
+
+def _usable(output: Path | None) -> Path | None:
+    """A folder that can be written to; else the figures are worth more than an early error."""
+    from glance_ext.files import ensure_folder
+
+    if output is not None:
+        try:
+            ensure_folder(output)
+        except OutputError:
+            return None
+    return output
 
 
 def _print_figures(evaluation: Evaluation, published: dict[str, float] | None) -> None:

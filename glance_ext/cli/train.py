@@ -22,6 +22,77 @@ if TYPE_CHECKING:
     import torch
 
 
+def training_options(command: Any) -> Any:
+    """Options that change a preset, and where its networks come from; shared with ``reproduce``."""
+    options = (
+        click.option("--steps", type=click.IntRange(1), help="Steps of joint training."),
+        click.option(
+            "--batch-size", type=click.IntRange(1), help="Patches a step of joint training."
+        ),
+        click.option(
+            "--holes-per-image",
+            type=click.IntRange(1),
+            help="The most patches of a step that come from one image; they share a pass through "
+            "Global-Net, so more are faster, and fewer more varied. The paper's is 1.",
+        ),
+        click.option(
+            "--positions",
+            help="Where training patches lie: 'uniform' for anywhere, as in the paper, or a stride "
+            "in pixels for a grid, whose Local-Net features are computed once and kept where that "
+            "is cheaper.",
+        ),
+        click.option(
+            "--precision",
+            type=click.Choice(["float32", "bfloat16"]),
+            help="What both networks compute in during joint training; weights, losses and the "
+            "optimizer stay in float32. bfloat16 is for processors and GPUs that have it.",
+        ),
+        click.option(
+            "--fine-tune-steps",
+            type=click.IntRange(0),
+            help="Steps of fine-tuning Local-Net on these images; above 0 needs the teacher.",
+        ),
+        click.option(
+            "--local-net",
+            type=PATH,
+            help="A Local-Net from glance-ext distill; else the packaged one.",
+        ),
+        click.option(
+            "--teacher-weights", type=PATH, help="The teacher's weights, for fine-tuning."
+        ),
+        click.option(
+            "--lambda-s",
+            type=click.FloatRange(0, 1),
+            help="Share of the inconsistency score in the mix of both heads.",
+        ),
+        click.option(
+            "--aggregation",
+            type=click.Choice(["mean", "gaussian", "max", "idw"]),
+            help="How overlapping patches become a map.",
+        ),
+        click.option(
+            "--patch-scale",
+            type=click.Choice(["1", "2", "4"]),
+            callback=lambda context, option, value: value and int(value),
+            help="Patches of 33, 66 or 132 pixels of the 256x256 image, which Local-Net sees "
+            "shrunk to 33x33; positions and grid count shrunk pixels.",
+        ),
+        click.option(
+            "--grid", help="Which patches are scored: a stride in pixels, or 'paper' (20x20)."
+        ),
+        click.option(
+            "--tile",
+            is_flag=True,
+            default=None,
+            help="Learn at the images' own resolution, in windows of 256x256, instead of resizing; "
+            "detect then works in such windows too.",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.command("train")
 @click.argument("dataset", required=False, type=PATH)
 @click.option("--normal", type=PATH, help="A folder of images without defects, instead of DATASET.")
@@ -34,52 +105,7 @@ if TYPE_CHECKING:
     help="quick: minutes on a CPU. default: better maps. paper: the paper's steps and rates, for a "
     "GPU; it fine-tunes Local-Net and so needs a teacher.",
 )
-@click.option("--steps", type=click.IntRange(1), help="Steps of joint training.")
-@click.option("--batch-size", type=click.IntRange(1), help="Patches a step of joint training.")
-@click.option(
-    "--holes-per-image",
-    type=click.IntRange(1),
-    help="The most patches of a step that come from one image; they share a pass through "
-    "Global-Net, so more are faster, and fewer more varied. The paper's is 1.",
-)
-@click.option(
-    "--positions",
-    help="Where training patches lie: 'uniform' for anywhere, as in the paper, or a stride in "
-    "pixels for a grid, whose Local-Net features are computed once and kept where that is cheaper.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["float32", "bfloat16"]),
-    help="What both networks compute in during joint training; weights, losses and the optimizer "
-    "stay in float32. bfloat16 is for processors and GPUs that have it.",
-)
-@click.option(
-    "--fine-tune-steps",
-    type=click.IntRange(0),
-    help="Steps of fine-tuning Local-Net on these images; above 0 needs the teacher.",
-)
-@click.option(
-    "--local-net", type=PATH, help="A Local-Net from glance-ext distill; else the packaged one."
-)
-@click.option("--teacher-weights", type=PATH, help="The teacher's weights, for fine-tuning.")
-@click.option(
-    "--lambda-s",
-    type=click.FloatRange(0, 1),
-    help="Share of the inconsistency score in the mix of both heads.",
-)
-@click.option(
-    "--aggregation",
-    type=click.Choice(["mean", "gaussian", "max", "idw"]),
-    help="How overlapping patches become a map.",
-)
-@click.option("--grid", help="Which patches are scored: a stride in pixels, or 'paper' (20x20).")
-@click.option(
-    "--tile",
-    is_flag=True,
-    default=None,
-    help="Learn at the images' own resolution, in windows of 256x256, instead of resizing; detect "
-    "then works in such windows too.",
-)
+@training_options
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @seed_option
 @device_option

@@ -139,23 +139,50 @@ def test_samples(dataset: Path) -> tuple[list[Sample], list[InputError]]:
     Raises:
         InputError: ``test`` is missing or holds no image.
     """
-    root = dataset / "test"
-    expected = "expected test images in DATASET/test/<defect or good> (MVTec layout)"
+    return labelled_images(
+        dataset / "test",
+        dataset / "ground_truth",
+        "expected test images in DATASET/test/<defect or good> (MVTec layout)",
+    )
+
+
+def labelled_images(
+    root: Path, masks_root: Path, expected: str, *, good: str = GOOD
+) -> tuple[list[Sample], list[InputError]]:
+    """Lists images in folders named after their defect, with the masks in folders beside them.
+
+    Args:
+        root: Has a folder for each defect, and one of good images.
+        masks_root: Has folders of the same names with the masks; may be inside ``root``.
+        expected: How a message about ``root`` begins.
+        good: Name of the folder of good images.
+
+    Returns:
+        As :func:`test_samples`; a good image's ``defect`` is :data:`GOOD` whatever the folder.
+
+    Raises:
+        InputError: ``root`` is missing or holds no image.
+    """
     if not root.is_dir():
-        raise InputError(root, f"{expected}, found no such folder; {_contents(dataset)}")
+        raise InputError(root, f"{expected}, found no such folder; {_contents(root.parent)}")
     samples: list[Sample] = []
     problems: list[InputError] = []
     masks: dict[Path, dict[str, Path]] = {}
     for path, relative in expand_inputs([root]):
         inside = path.relative_to(root)
+        if masks_root in path.parents:
+            continue
         if len(inside.parts) < 2:
             problems.append(
-                InputError(path, "expected test/<defect or good>/<image>, found no defect folder")
+                InputError(
+                    path,
+                    f"expected {root.name}/<defect or {good}>/<image>, found no defect folder",
+                )
             )
             continue
         defect, mask = inside.parts[0], None
-        if defect != GOOD:
-            folder = dataset / "ground_truth" / inside.parent
+        if defect != good:
+            folder = masks_root / inside.parent
             if folder not in masks:
                 masks[folder] = _by_lower_suffix(folder)
             mask = _find_mask(masks[folder], path.stem)
@@ -163,7 +190,7 @@ def test_samples(dataset: Path) -> tuple[list[Sample], list[InputError]]:
                 wanted = f"{folder / path.stem}_mask.png"
                 problems.append(InputError(path, f"expected its mask at {wanted}, found none"))
                 continue
-        samples.append(Sample(path, defect, mask, relative))
+        samples.append(Sample(path, GOOD if defect == good else defect, mask, relative))
     if not samples and not problems:
         raise InputError(root, f"{expected}, found none; {_contents(root)}")
     return samples, problems

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glance_ext.data.images import load_image, resize
+from glance_ext.data.images import load_image, resize, resize_planes
 from glance_ext.errors import InputError
 
 # A cached pixel is a float16: eleven bits, finer than 8-bit input, half the memory of float32.
@@ -61,6 +61,29 @@ def load_mixed_images(
         size = (max(1, round(height * scale)), max(1, round(width * scale)))
         images.append(resize(image, size).to(_CACHE_DTYPE))
     return images
+
+
+class Enlarged:
+    """Small images, each enlarged when it is asked for: all at once would not fit in memory.
+
+    Args:
+        small: ``(N, 3, h, w)`` uint8.
+        size: Height and width to reach, in pixels.
+    """
+
+    def __init__(self, small: Tensor, size: tuple[int, int]) -> None:
+        self.small = small
+        self.shape = torch.Size((len(small), 3, *size))
+
+    def __len__(self) -> int:
+        return len(self.small)
+
+    def __getitem__(self, index: int | slice | Tensor) -> Tensor:
+        """As of a tensor ``(N, 3, H, W)`` float32, RGB in [0, 1]."""
+        some = self.small[index].float() / 255
+        planes = some.reshape(-1, *some.shape[-2:])
+        resized = resize_planes(planes, (self.shape[-2], self.shape[-1]))
+        return resized.reshape(*some.shape[:-2], *self.shape[-2:]).clamp_(0, 1)
 
 
 def fingerprint(images: Iterable[Tensor]) -> str:

@@ -19,6 +19,7 @@ from glance_ext.engine.calibration import Calibration, HeadScale, head_scale
 from glance_ext.engine.checkpoint import load_checkpoint, load_module, prefixed, save_checkpoint
 from glance_ext.engine.graph import GraphedFunction
 from glance_ext.engine.precision import network_dtype, networks_in, rounding
+from glance_ext.engine.settings import PATCH_SCALES
 from glance_ext.engine.tiles import Canvas, in_batches, tiled_size, windows_of
 from glance_ext.errors import CheckpointError, GlanceError
 from glance_ext.models.glance import IMAGE_SIZE, PATCH_SIZE, Glance, HeadScores
@@ -105,7 +106,9 @@ class Detector:
         self.calibration = calibration
         self.settings = settings or {}
         try:
-            self.grid: PatchGrid = patch_grid(calibration.grid if grid is None else grid)
+            self.grid: PatchGrid = patch_grid(
+                calibration.grid if grid is None else grid, image_size=model.view_size
+            )
         except ValueError as error:
             raise GlanceError(str(error)) from error
         calibrated = calibration.threshold(false_positive_rate)
@@ -128,11 +131,14 @@ class Detector:
         tensors, metadata = load_checkpoint(file, MODEL_KIND)
         try:
             local_net = LocalNet(int(metadata["kernel_size"]), int(metadata["features"]))
+            patch_scale = int(metadata.get("patch_scale", 1))  # older models have none
+            if patch_scale not in PATCH_SCALES:
+                raise ValueError(f"patch_scale {patch_scale}")
             calibration = Calibration.from_json(metadata["calibration"])
             settings = dict(metadata["settings"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: the model's metadata is incomplete: {error}") from error
-        model = Glance(local_net)
+        model = Glance(local_net, patch_scale=patch_scale)
         load_module(model, tensors, "model", file)
         return cls(model, calibration, settings, **options)
 
@@ -141,6 +147,7 @@ class Detector:
         metadata = {
             "kernel_size": self.model.local_net.kernel_size,
             "features": self.model.local_net.features,
+            "patch_scale": self.model.patch_scale,
             "calibration": self.calibration.to_json(),
             "settings": self.settings,
         }
@@ -256,13 +263,15 @@ class Detector:
 
     def aggregate(self, scores: Tensor) -> Tensor:
         """Scores ``(N, P)`` of the grid's patches as maps ``(N, 256, 256)``."""
-        return aggregate_patch_scores(
+        side = self.model.view_size
+        maps = aggregate_patch_scores(
             scores,
             PATCH_SIZE,
-            IMAGE_SIZE,
+            (side, side),
             origins=self.grid.origins,
             mode=self.calibration.aggregation,
         )
+        return maps if (side, side) == IMAGE_SIZE else resize_planes(maps, IMAGE_SIZE)
 
 
 def _check_image(image: np.ndarray) -> None:
@@ -313,7 +322,7 @@ def calibrate(
         lambda_s=lambda_s,
         standardise=standardise,
         aggregation=aggregation,
-        grid=patch_grid(grid).name,
+        grid=patch_grid(grid, image_size=model.view_size).name,
         inconsistency=scale,
         log_odds=scale,
         held_out_scores=(0.0,),

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glance_ext.data.patches import (
+    Enlarged,
     crop_patches,
     fingerprint,
     load_mixed_images,
@@ -261,9 +263,10 @@ def distillation_losses(
 def fine_tune_stage(
     net: DistilledNet,
     teacher: Teacher,
-    images: Tensor,
+    images: Tensor | Enlarged,
     settings: DistillSettings,
     device: torch.device,
+    shrink: int = 1,
 ) -> Stage:
     """Stage 2: the same loss on the category's normal images, decoder frozen.
 
@@ -273,6 +276,7 @@ def fine_tune_stage(
         images: ``(N, 3, H, W)``, RGB in [0, 1]; patches are cut at this resolution.
         settings: Steps, batch size, learning rate and weights.
         device: Where to train.
+        shrink: By how much images are shrunk before patches are cut.
     """
     local_net, decoder = net.local_net, net.decoder.requires_grad_(False)
     mean, std = net.teacher_mean.to(device), net.teacher_std.to(device)
@@ -280,9 +284,12 @@ def fine_tune_stage(
 
     def sample(count: int, generator: torch.Generator) -> Tensor:
         picks = torch.randint(len(images), (count,), generator=generator)
-        size = (images.shape[-2], images.shape[-1])
+        size = (images.shape[-2] // shrink, images.shape[-1] // shrink)
         origins = sample_positions(count, size, PATCH_SIZE, generator)
-        return crop_patches(images[picks].float(), origins, PATCH_SIZE).to(device)
+        drawn = images[picks].float()
+        if shrink > 1:
+            drawn = F.avg_pool2d(drawn, shrink)
+        return crop_patches(drawn, origins, PATCH_SIZE).to(device)
 
     def step(generator: torch.Generator) -> dict[str, Tensor]:
         patches = sample(settings.batch_size, generator)

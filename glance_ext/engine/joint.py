@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glance_ext.data.grid import PatchGrid, patch_grid
-from glance_ext.data.patches import crop_from, sample_positions
+from glance_ext.data.patches import Enlarged, crop_from, sample_positions
 from glance_ext.data.stains import stain
 from glance_ext.engine.distributed import World
 from glance_ext.engine.loop import Stage
@@ -72,6 +72,7 @@ def draw_patches(
     images: int,
     grid: PatchGrid | None,
     generator: torch.Generator,
+    image_size: tuple[int, int] = IMAGE_SIZE,
 ) -> Draw:
     """Draws the patches of one step.
 
@@ -82,13 +83,14 @@ def draw_patches(
         images: How many there are to draw from.
         grid: Where patches may lie; None for anywhere.
         generator: A CPU generator.
+        image_size: Of the images that Local-Net sees.
     """
     n = images_a_step(count, holes_per_image)
     k = -(-count // n)
     picks = torch.randint(images, (n,), generator=generator)
     if grid is None:
         places = None
-        origins = sample_positions(n * k, IMAGE_SIZE, PATCH_SIZE, generator).unflatten(0, (n, k))
+        origins = sample_positions(n * k, image_size, PATCH_SIZE, generator).unflatten(0, (n, k))
     else:
         places = torch.randint(len(grid), (n, k), generator=generator)
         origins = grid.origins[places]
@@ -105,8 +107,8 @@ class _LocalFeatures:
 
     def __init__(
         self,
-        local_net: LocalNet,
-        images: Tensor,
+        model: Glance,
+        images: Tensor | Enlarged,
         grid: PatchGrid | None,
         draws: float,
         dtype: torch.dtype,
@@ -114,7 +116,8 @@ class _LocalFeatures:
     ) -> None:
         self._images, self._dtype, self._device = images, dtype, device
         # Its weights may still be restored from a checkpoint: they are copied at the first step.
-        self._source = local_net
+        self._source = local_net = model.local_net
+        self._view = model.local_view
         self._net: LocalNet | None = None
         self._plan: LocalPlan | None = None
         if grid is not None:
@@ -159,7 +162,8 @@ class _LocalFeatures:
         """Features ``(P, n)`` of all patches of the grid in one image."""
         if index not in self._kept:
             assert self._plan is not None
-            image = normalise(self._images[index][None].to(self._device).to(_wide(self._dtype)))
+            image = self._view(self._images[index][None].to(self._device).to(_wide(self._dtype)))
+            image = normalise(image)
             self._kept[index] = net.dense(image.to(self._dtype), self._plan)[0]
         return self._kept[index]
 
@@ -170,7 +174,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def joint_stage(
     model: Glance,
-    images: Tensor,
+    images: Tensor | Enlarged,
     settings: TrainSettings,
     device: torch.device,
     world: World | None = None,
@@ -205,7 +209,11 @@ def joint_stage(
         fused=True,
     )
     count = settings.batch_size
-    grid = None if settings.positions == "uniform" else patch_grid(settings.positions)
+    grid = (
+        None
+        if settings.positions == "uniform"
+        else patch_grid(settings.positions, image_size=model.view_size)
+    )
     draws = settings.steps * count / len(images) / world.size
     if images_a_step(count, settings.holes_per_image) < world.size:
         raise GlanceError(
@@ -213,18 +221,23 @@ def joint_stage(
             f"{images_a_step(count, settings.holes_per_image)} (batch size {count} with "
             f"{settings.holes_per_image} holes an image)"
         )
-    local_features = _LocalFeatures(model.local_net, images, grid, draws, dtype, device)
+    local_features = _LocalFeatures(model, images, grid, draws, dtype, device)
+
+    side = model.view_size
 
     def step(generator: torch.Generator) -> dict[str, Tensor]:
-        draw = draw_patches(count, settings.holes_per_image, len(images), grid, generator)
-        patches = crop_from(images, draw.owners, draw.flat_origins, PATCH_SIZE).to(_wide(dtype))
+        draw = draw_patches(
+            count, settings.holes_per_image, len(images), grid, generator, (side, side)
+        )
+        drawn = images[draw.picks]
+        rows = torch.arange(len(drawn)).repeat_interleave(draw.origins.shape[1])[: draw.count]
+        view = drawn if side == IMAGE_SIZE[0] else model.local_view(drawn.to(_wide(dtype)))
+        patches = crop_from(view, rows, draw.flat_origins, PATCH_SIZE).to(_wide(dtype))
         stained = stain(patches, generator)
         draw, mine = draw.share(world.rank, world.size)
         patches, stained = patches[mine], stained[mine]
         clean_features, stained_features = local_features(draw, patches, stained)
-        plan = model.global_net.plan(
-            draw.origins, PATCH_SIZE, IMAGE_SIZE, device=device, dtype=dtype
-        )
+        plan = model.plan_holes(draw.origins, device=device, dtype=dtype)
         whole = normalise(images[draw.picks].to(device).to(_wide(dtype))).to(dtype)
         global_features = model.global_net.shared_features(whole, plan)
         global_features = global_features.flatten(0, 1)[: draw.count].to(_wide(dtype))

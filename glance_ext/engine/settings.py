@@ -9,6 +9,7 @@ from glance_ext.data.grid import patch_grid
 from glance_ext.errors import GlanceError
 
 PRECISIONS = ("float32", "bfloat16")
+PATCH_SCALES = (1, 2, 4)
 AGGREGATIONS = ("mean", "gaussian", "max", "idw")
 
 
@@ -37,6 +38,10 @@ class TrainSettings:
             normal patches before mixing; the paper mixes raw scores.
         aggregation: How patches become a map; see ``aggregate_patch_scores``.
         grid: Which patches are scored: a stride, or ``"paper"``.
+        patch_scale: How often the image is halved for Local-Net, as a factor, 1, 2 or 4: its patch
+            of 33x33 pixels is then a place of 33, 66 or 132 pixels in the 256x256 that Global-Net
+            sees with a hole there. ``grid`` and ``positions`` count Local-Net's pixels. The
+            paper's is 1.
         tile: Whether to train and calibrate at the images' own resolution, in windows of 256x256,
             instead of resizing every image to that size.
         held_out_share: Share of the normal images kept from training for calibration.
@@ -59,6 +64,7 @@ class TrainSettings:
     standardise: bool = True
     aggregation: str = "mean"
     grid: str = "4"
+    patch_scale: int = 1
     tile: bool = False
     held_out_share: float = 0.2
     held_out_most: int = 32
@@ -84,6 +90,8 @@ class TrainSettings:
             )
         if self.holes_per_image < 1:
             raise GlanceError(f"holes per image: expected at least 1, got {self.holes_per_image}")
+        if self.patch_scale not in PATCH_SCALES:
+            raise GlanceError(f"patch scale: expected 1, 2 or 4, got {self.patch_scale}")
         if self.precision not in PRECISIONS:
             raise GlanceError(
                 f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from glance_ext.data.datasets import split_held_out
 from glance_ext.data.images import load_image, resize
-from glance_ext.data.patches import fingerprint, load_training_images
+from glance_ext.data.patches import Enlarged, fingerprint, load_training_images
 from glance_ext.engine.detector import MODEL_FILE, Detector, calibrate
 from glance_ext.engine.distill import (
     DistilledNet,
@@ -32,6 +32,24 @@ from glance_ext.files import ensure_folder
 from glance_ext.models.glance import IMAGE_SIZE, Glance
 
 STATE_FILE = "training.safetensors"
+
+
+@dataclass(frozen=True)
+class NormalImages:
+    """Images without defects, loaded.
+
+    Attributes:
+        images: ``(N, 3, 256, 256)`` RGB in [0, 1], to learn from.
+        count: Of how many files they are.
+        held_out: Kept from training for calibration: ``(3, 256, 256)`` each, or with tiles files;
+            empty if there were too few.
+        fingerprint: Tells ``images`` from any others.
+    """
+
+    images: Tensor | Enlarged
+    count: int
+    held_out: Sequence[Tensor | Path]
+    fingerprint: str
 
 
 @dataclass(frozen=True)
@@ -67,6 +85,7 @@ def train(
     show_progress: bool = True,
     on_error: Callable[[InputError], None] = lambda error: None,
     world: World | None = None,
+    validation: Sequence[Path] = (),
 ) -> TrainResult:
     """Trains a model on normal images and calibrates it on some that it has not seen.
 
@@ -82,6 +101,8 @@ def train(
         on_error: Called for each image that cannot be used.
         world: The processes that train together; each calls this with the same arguments and gets
             the same result, and the first alone writes files.
+        validation: Further normal images to calibrate on; without, a share of ``paths`` is kept
+            from training for that.
 
     Raises:
         NoUsableInputError: No image can be used.
@@ -91,9 +112,7 @@ def train(
         Interrupted: Ctrl-C; the state is saved.
         OutputError: The output cannot be written.
     """
-    device = torch.device(device)
     world = world or World()
-    model_file, state_file = output / MODEL_FILE, output / STATE_FILE
     world.on_first(lambda: _check_output(output, resume))
     if not paths:
         raise GlanceError("train: expected at least one normal image, got none")
@@ -104,9 +123,41 @@ def train(
         failed.append(error)
         on_error(error)
 
-    images, count, held_out = _load_images(paths, settings, note)
+    normal = _load_images(paths, validation, settings, note)
+    result = train_loaded(
+        normal,
+        settings,
+        output=output,
+        local_net=local_net,
+        teacher_weights=teacher_weights,
+        device=device,
+        resume=resume,
+        show_progress=show_progress,
+        world=world,
+    )
+    return replace(result, failed=tuple(failed))
+
+
+def train_loaded(
+    normal: NormalImages,
+    settings: TrainSettings,
+    *,
+    output: Path,
+    local_net: Path | None = None,
+    teacher_weights: Path | None = None,
+    device: torch.device | str = "cpu",
+    resume: bool = False,
+    show_progress: bool = True,
+    world: World | None = None,
+) -> TrainResult:
+    """:func:`train` on images that are loaded already; the same arguments, results and errors."""
+    device = torch.device(device)
+    world = world or World()
+    model_file, state_file = output / MODEL_FILE, output / STATE_FILE
+    world.on_first(lambda: _check_output(output, resume))
+    world.on_first(lambda: ensure_folder(output))
+    images, held_out, found = normal.images, normal.held_out, normal.fingerprint
     optimistic = not held_out
-    found = fingerprint(images)
     theirs = world.on_first(lambda: found)
     if found != theirs:
         raise GlanceError(
@@ -115,7 +166,7 @@ def train(
         )
     distilled = load_local_net(local_net or packaged_local_net())
     torch.manual_seed(settings.seed)
-    model = Glance(distilled.local_net).to(device)
+    model = Glance(distilled.local_net, patch_scale=settings.patch_scale).to(device)
     distilled.decoder.to(device)
     trainer = Trainer(
         state_file,
@@ -139,7 +190,7 @@ def train(
     trainer.restore_modules({"model": model})
 
     bar = tqdm(
-        held_out or list(images[:1]),
+        held_out or [images[0]],
         desc="calibrate",
         unit="image",
         disable=not (show_progress and world.is_first),
@@ -158,14 +209,14 @@ def train(
     )
     record: dict[str, Any] = {
         **settings.to_json(),
-        "images": count,
+        "images": normal.count,
         "teacher": distilled.teacher,
     }
     detector = Detector(model, calibration, record, device=device)
     if world.is_first:
         detector.save(model_file)
         state_file.unlink(missing_ok=True)
-    return TrainResult(detector, model_file, trainer.history, count, len(held_out), tuple(failed))
+    return TrainResult(detector, model_file, trainer.history, normal.count, len(held_out), ())
 
 
 def _check_output(output: Path, resume: bool) -> None:
@@ -182,18 +233,25 @@ def _check_output(output: Path, resume: bool) -> None:
 
 
 def _load_images(
-    paths: Sequence[Path], settings: TrainSettings, on_error: Callable[[InputError], None]
-) -> tuple[Tensor, int, list[Tensor] | list[Path]]:
-    """What is trained on, of how many images it is, and images kept from training, if any."""
-    share = min(settings.held_out_share, settings.held_out_most / max(1, len(paths)))
-    train_paths, held_out_paths = split_held_out(paths, share, settings.seed)
-    if train_paths == held_out_paths:
-        held_out_paths = []
+    paths: Sequence[Path],
+    validation: Sequence[Path],
+    settings: TrainSettings,
+    on_error: Callable[[InputError], None],
+) -> NormalImages:
+    if validation:
+        train_paths, held_out_paths = list(paths), list(validation)
+    else:
+        share = min(settings.held_out_share, settings.held_out_most / max(1, len(paths)))
+        train_paths, held_out_paths = split_held_out(paths, share, settings.seed)
+        if train_paths == held_out_paths:
+            held_out_paths = []
+    held_out: Sequence[Tensor | Path]
     if settings.tile:
         images, count = load_windows(train_paths, settings.seed, on_error)
-        held_out: list[Tensor] | list[Path] = usable(held_out_paths, on_error)
+        held_out = usable(held_out_paths, on_error)
         if not count and held_out:
-            return *load_windows(held_out_paths, settings.seed, lambda error: None), []
+            images, count = load_windows(held_out_paths, settings.seed, lambda error: None)
+            held_out = []
     else:
         images = load_training_images(train_paths, IMAGE_SIZE, on_error=on_error)
         count = len(images)
@@ -203,20 +261,20 @@ def _load_images(
                 resized.append(resize(load_image(path), IMAGE_SIZE))
             except InputError as error:
                 on_error(error)
-        if not count and resized:
-            return torch.stack(resized).to(images.dtype), len(resized), []
         held_out = resized
+        if not count and resized:
+            images, count, held_out = torch.stack(resized).to(images.dtype), len(resized), []
     if not count:
         raise NoUsableInputError(
             f"train: expected at least one usable normal image, got 0 of {len(paths)}"
         )
-    return images, count, held_out
+    return NormalImages(images, count, held_out, fingerprint(images))
 
 
 def _fine_tune(
     trainer: Trainer,
     distilled: DistilledNet,
-    images: Tensor,
+    images: Tensor | Enlarged,
     settings: TrainSettings,
     teacher_weights: Path | None,
     device: torch.device,
@@ -227,4 +285,6 @@ def _fine_tune(
         learning_rate=settings.fine_tune_learning_rate,
     )
     teacher = distilled.load_teacher(teacher_weights)
-    trainer.run(fine_tune_stage(distilled, teacher, images, fine_tune, device))
+    trainer.run(
+        fine_tune_stage(distilled, teacher, images, fine_tune, device, settings.patch_scale)
+    )

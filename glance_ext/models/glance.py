@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glance_ext.data.patches import crop_patches
@@ -58,6 +59,9 @@ class Glance(nn.Module):
         local_net: A distilled Local-Net.
         global_net: A Global-Net of as many features.
         distortion_head: The DAD head.
+        patch_scale: By how much the image is shrunk for Local-Net, 1, 2 or 4. Its patch of 33x33
+            pixels is then a place of ``33 * patch_scale`` in the image, where Global-Net has its
+            hole. Origins count the pixels that Local-Net sees.
     """
 
     def __init__(
@@ -65,11 +69,27 @@ class Glance(nn.Module):
         local_net: LocalNet,
         global_net: GlobalNet | None = None,
         distortion_head: DistortionHead | None = None,
+        patch_scale: int = 1,
     ) -> None:
         super().__init__()
+        self.patch_scale = patch_scale
         self.local_net = local_net
         self.global_net = global_net or GlobalNet(local_net.features)
         self.distortion_head = distortion_head or DistortionHead(local_net.features)
+
+    @property
+    def view_size(self) -> int:
+        """Side of the square image that Local-Net sees, in pixels."""
+        return GlobalNet.IMAGE_SIZE // self.patch_scale
+
+    @property
+    def hole_size(self) -> int:
+        """Side of the hole that Global-Net sees, in pixels."""
+        return PATCH_SIZE * self.patch_scale
+
+    def local_view(self, images: Tensor) -> Tensor:
+        """Images ``(N, 3, 256, 256)`` as Local-Net sees them, ``(N, 3, view_size, view_size)``."""
+        return images if self.patch_scale == 1 else F.avg_pool2d(images, self.patch_scale)
 
     def forward(self, images: Tensor, origins: Tensor) -> HeadScores:
         """Scores one patch of each image.
@@ -82,8 +102,8 @@ class Glance(nn.Module):
             Scores ``(B,)``.
         """
         images = normalise(images)
-        local_features = self.local_net(crop_patches(images, origins, PATCH_SIZE))
-        masks = hole_masks(origins, PATCH_SIZE, IMAGE_SIZE)
+        local_features = self.local_net(crop_patches(self.local_view(images), origins, PATCH_SIZE))
+        masks = hole_masks(origins * self.patch_scale, self.hole_size, IMAGE_SIZE)
         global_features = self.global_net(images, masks)
         return self.compare(local_features, global_features)
 
@@ -114,7 +134,19 @@ class Glance(nn.Module):
         origins = torch.cartesian_prod(rows, columns).reshape(-1, 2)
         return GridPlan(
             self.local_net.plan(row_starts, column_starts, PATCH_SIZE),
-            self.global_net.plan(origins, PATCH_SIZE, IMAGE_SIZE, device=device, dtype=dtype),
+            self.plan_holes(origins, device=device, dtype=dtype),
+        )
+
+    def plan_holes(
+        self,
+        origins: Tensor,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> HolePlan:
+        """Plans Global-Net's holes over patches at ``origins`` ``(P, 2)`` or ``(N, P, 2)``."""
+        return self.global_net.plan(
+            origins * self.patch_scale, self.hole_size, IMAGE_SIZE, device=device, dtype=dtype
         )
 
     @torch.no_grad()
@@ -132,8 +164,10 @@ class Glance(nn.Module):
             Scores ``(N, P)``, the grid's patches row by row.
         """
         dtype = next(self.local_net.parameters()).dtype
-        images = normalise(images).to(dtype)
-        local_features = self.local_net.dense(images, plan.local)
+        images = normalise(images)
+        view = self.local_view(images).to(dtype)
+        images = images.to(dtype)
+        local_features = self.local_net.dense(view, plan.local)
         global_features = self.global_net.shared_features(images, plan.holes)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return self.compare(local_features.to(wide), global_features.to(wide))

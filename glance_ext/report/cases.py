@@ -7,8 +7,8 @@ from pathlib import Path
 
 from glance_ext.data.images import load_image
 from glance_ext.engine.detector import Detector
-from glance_ext.engine.evaluate import PRO_LIMIT, Evaluation, Scored
-from glance_ext.metrics import auroc, thin
+from glance_ext.engine.evaluate import PRO_LIMIT, Evaluation, ImageResult, Scored, score_each
+from glance_ext.metrics import thin
 from glance_ext.report.curves import plot_roc_pro
 from glance_ext.report.heatmap import overlay
 from glance_ext.report.sheet import Tile, contact_sheet
@@ -44,16 +44,25 @@ def write_curves(path: Path, evaluation: Evaluation, title: str) -> bool:
     return True
 
 
-def write_cases(path: Path, detector: Detector, results: Sequence[Scored], most: int = 6) -> None:
-    """Draws the worst and best located defects and the good images of the highest scores."""
-    contact_sheet(path, _tiles(detector, results, most))
+def write_cases(
+    path: Path, detector: Detector, images: Sequence[ImageResult], most: int = 6
+) -> None:
+    """Draws the worst and best located defects and the good images of the highest scores.
+
+    Args:
+        path: The picture to write.
+        detector: Detects once more in the images shown, whose maps are not kept.
+        images: Of an evaluation with ``locate``.
+        most: The most images of a kind.
+    """
+    contact_sheet(path, _tiles(detector, images, most))
 
 
-def _tiles(detector: Detector, results: Sequence[Scored], most: int) -> Iterator[Tile]:
-    anomalous = [r for r in results if r.sample.anomalous]
-    # a defect that fills its image cannot be missed: it counts as well located
-    located = sorted(anomalous, key=lambda r: 1.0 if r.mask.all() else auroc(r.map, r.mask))
-    good = sorted((r for r in results if not r.sample.anomalous), key=lambda r: -r.score)
+def _tiles(detector: Detector, images: Sequence[ImageResult], most: int) -> Iterator[Tile]:
+    located = sorted(
+        (i for i in images if i.located is not None), key=lambda image: image.located or 0.0
+    )
+    good = sorted((i for i in images if not i.sample.anomalous), key=lambda i: -i.score)
     worst = located[: min(most, (len(located) + 1) // 2)]
     best = located[::-1][: min(most, len(located) - len(worst))]
     for heading, group in (
@@ -61,7 +70,8 @@ def _tiles(detector: Detector, results: Sequence[Scored], most: int) -> Iterator
         ("Best located defects", best),
         ("Good images with the highest scores", good[:most]),
     ):
-        for result in group:
+        samples = [image.sample for image in group]
+        for result in score_each(detector, samples, lambda error: None):
             yield case_tile(detector, result, heading)
 
 

@@ -8,7 +8,9 @@ import pytest
 from PIL import Image
 
 from glance_ext import files
-from glance_ext.engine.detector import Detector
+from glance_ext.engine.checkpoint import load_checkpoint, save_checkpoint
+from glance_ext.engine.detector import MODEL_FILE, MODEL_KIND, Detector
+from glance_ext.errors import CheckpointError
 from tests.cli.conftest import Run, write_image
 
 
@@ -264,3 +266,27 @@ def test_one_image_in_tiles_trains_with_a_warning(
     assert result.exit_code == 0
     assert "warning: no image could be kept from training" in result.stderr
     assert "trained on 1 images, calibrated on one of them" in result.stdout
+
+
+def test_a_model_of_larger_patches_is_read_as_it_was_trained(
+    run: Run, good: Path, local_net: Path, tmp_path: Path
+) -> None:
+    options = ["--steps", 2, "--batch-size", 4, "--grid", 8, "--local-net", local_net]
+    result = run("train", "--normal", good, "-o", tmp_path, "--patch-scale", 4, *options)
+    assert result.exit_code == 0, result.output
+    detector = Detector.load(tmp_path)
+    assert detector.model.patch_scale == 4
+    assert detector.grid.starts == (0, 8, 16, 24, 31)
+    found = detector.detect(good / "0.png")
+    assert found.map.shape == (64, 64)
+    assert found.map.std() > 0
+    metadata = load_checkpoint(tmp_path / MODEL_FILE, MODEL_KIND)[1]
+    tensors = load_checkpoint(tmp_path / MODEL_FILE, MODEL_KIND)[0]
+    del metadata["patch_scale"]  # of before there was a choice
+    save_checkpoint(tmp_path / "old.safetensors", MODEL_KIND, tensors, metadata)
+    assert Detector.load(tmp_path / "old.safetensors").model.patch_scale == 1
+    save_checkpoint(
+        tmp_path / "odd.safetensors", MODEL_KIND, tensors, {**metadata, "patch_scale": 3}
+    )
+    with pytest.raises(CheckpointError, match="patch_scale 3"):
+        Detector.load(tmp_path / "odd.safetensors")

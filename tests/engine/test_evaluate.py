@@ -1,3 +1,5 @@
+import weakref
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ from glance_ext.engine.evaluate import (
     Scored,
     evaluate,
     paper_row,
+    score_each,
     score_samples,
 )
 from glance_ext.errors import GlanceError, InputError, NoUsableInputError
@@ -45,7 +48,7 @@ def test_figures_are_those_of_the_metrics_themselves(results: list[Scored]) -> N
     assert found.metrics == {
         "image_AUROC": image.image_AUROC,
         "pixel_AUROC": pixel.pixel_AUROC,
-        "pixel_AUPRO": pixel.pixel_AUPRO,
+        "pixel_AUPRO": pytest.approx(pixel.pixel_AUPRO, rel=1e-12),
         "image_F1Max": image.image_F1Max,
         "pixel_F1Max": pixel.pixel_F1Max,
     }
@@ -64,6 +67,7 @@ def test_each_defect_stands_against_all_good_images(results: list[Scored]) -> No
     assert list(found.per_defect) == ["cut", "dent"]
     for defect, figures in found.per_defect.items():
         part = [r for r in results if r.sample.defect in (defect, "good")]
+        figures["pixel_AUPRO"] = pytest.approx(figures["pixel_AUPRO"], rel=1e-12)
         assert figures == {
             "images": 4,
             "image_AUROC": auroc([r.score for r in part], [r.sample.anomalous for r in part]),
@@ -145,6 +149,49 @@ def test_samples_that_cannot_be_used_are_reported_and_left_out(tmp_path: Path) -
     assert not results[0].mask.any()
     assert results[0].mask.shape == (8, 9)
     np.testing.assert_array_equal(results[1].mask, np.eye(8, 9, dtype=bool))
+
+
+def test_a_map_that_is_not_finite_is_reported_and_left_out(tmp_path: Path) -> None:
+    paths = [write(tmp_path / f"{i}.png", 8, 9, value=i) for i in range(3)]
+    samples = [Sample(path, "good", None, PurePosixPath(path.stem)) for path in paths]
+
+    class Broken(FakeDetector):
+        def detect_batch(self, images: list[np.ndarray]) -> list[Any]:
+            found = super().detect_batch(images)
+            found[1].map[2, 3] = np.nan
+            return found
+
+    errors: list[InputError] = []
+    kept = [r.sample for r in score_each(Broken(), samples, errors.append)]  # type: ignore[arg-type]
+    assert kept == [samples[0], samples[2]]
+    assert str(errors[0]) == f"{paths[1]}: expected finite scores, got NaN or infinite ones"
+
+
+def test_an_evaluation_holds_one_map_at_a_time(results: list[Scored], tmp_path: Path) -> None:
+    alive: list[weakref.ref[np.ndarray]] = []
+
+    def one_by_one() -> Iterator[Scored]:
+        for result in results:
+            assert sum(reference() is not None for reference in alive) <= 1
+            copy = result.map.copy()
+            alive.append(weakref.ref(copy))
+            yield Scored(result.sample, result.score, copy, result.mask)
+            del copy
+
+    found = evaluate(one_by_one(), folder=tmp_path, locate=True)
+    assert found.metrics == evaluate(results).metrics
+    assert list(tmp_path.iterdir()) == []
+    assert [image.sample for image in found.images] == [r.sample for r in results]
+    for image, result in zip(found.images, results, strict=True):
+        wanted = auroc(result.map, result.mask) if result.sample.anomalous else None
+        assert image.located == wanted
+    assert {image.located for image in evaluate(results).images} == {None}
+
+
+def test_an_image_that_cannot_be_counted_is_named(results: list[Scored]) -> None:
+    results[5].map[0, 0] = np.inf
+    with pytest.raises(ValueError, match=r"test/good/001\.png: anomaly map: expected finite"):
+        evaluate(results)
 
 
 # ---------------------------------------------------------------- the paper
