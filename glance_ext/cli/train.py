@@ -66,6 +66,17 @@ def training_options(command: Any) -> Any:
             help="Share of the inconsistency score in the mix of both heads.",
         ),
         click.option(
+            "--whiten/--no-whiten",
+            default=None,
+            help="Whiten the difference of both features over held-out good patches before it "
+            "becomes the inconsistency score; the paper's is plain.",
+        ),
+        click.option(
+            "--image-score",
+            type=click.Choice(["max", "contrast"]),
+            help="An image's score: the greatest value of its map, or that above the map's median.",
+        ),
+        click.option(
             "--aggregation",
             type=click.Choice(["mean", "gaussian", "max", "idw"]),
             help="How overlapping patches become a map.",

@@ -35,6 +35,7 @@ class Calibration:
         pixel_range: Of their maps' medians and 99th percentiles the median each, for the colours of
             heatmaps; one odd image among them does not move these.
         optimistic: Whether the held-out images were trained on too, for want of others.
+        image_score: What of its map an image's score is; see :func:`image_score`.
         tile: Whether they were scored in windows at their own resolution, or else at 256x256.
     """
 
@@ -48,6 +49,7 @@ class Calibration:
     pixel_range: tuple[float, float]
     optimistic: bool
     tile: bool = False
+    image_score: str = "max"
 
     def mix(self, scores: HeadScores) -> Tensor:
         """``s = lambda_s s_IAD + (1 - lambda_s) s_DAD`` (paper, equation 8).
@@ -87,6 +89,18 @@ class Calibration:
                 "pixel_range": tuple(value["pixel_range"]),
             }
         )
+
+
+def image_score(anomaly_map: Tensor, kind: str) -> float:
+    """An image's score from its map ``(h, w)``.
+
+    Args:
+        anomaly_map: At the resolution at which patches were scored.
+        kind: ``"max"`` for the greatest value; ``"contrast"`` for the greatest value above the
+            median, so that what changes a whole image (light, focus, grain) does not count.
+    """
+    highest = float(anomaly_map.max())
+    return highest - float(anomaly_map.median()) if kind == "contrast" else highest
 
 
 def head_scale(scores: Sequence[Tensor]) -> HeadScale:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from glance_ext.data.grid import PatchGrid, patch_grid
 from glance_ext.data.images import load_image, resize, resize_planes
-from glance_ext.engine.calibration import Calibration, HeadScale, head_scale
+from glance_ext.engine.calibration import Calibration, HeadScale, head_scale, image_score
 from glance_ext.engine.checkpoint import load_checkpoint, load_module, prefixed, save_checkpoint
 from glance_ext.engine.graph import GraphedFunction
 from glance_ext.engine.precision import network_dtype, networks_in, rounding
@@ -39,8 +39,8 @@ class Detection:
     """What was found in one image.
 
     Attributes:
-        score: The image's score: the greatest value of its map at the network's resolution, or of
-            an image in tiles at the image's own.
+        score: The image's score, as calibrated the greatest value of its map or that above the
+            map's median; at the network's resolution, or of an image in tiles at the image's own.
         map: ``(H, W)`` float32 raw scores at the image's own height and width.
         threshold: The threshold in force.
     """
@@ -134,11 +134,12 @@ class Detector:
             patch_scale = int(metadata.get("patch_scale", 1))  # older models have none
             if patch_scale not in PATCH_SCALES:
                 raise ValueError(f"patch_scale {patch_scale}")
+            whiten = bool(metadata.get("whiten", False))
             calibration = Calibration.from_json(metadata["calibration"])
             settings = dict(metadata["settings"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: the model's metadata is incomplete: {error}") from error
-        model = Glance(local_net, patch_scale=patch_scale)
+        model = Glance(local_net, patch_scale=patch_scale, whiten=whiten)
         load_module(model, tensors, "model", file)
         return cls(model, calibration, settings, **options)
 
@@ -148,6 +149,7 @@ class Detector:
             "kernel_size": self.model.local_net.kernel_size,
             "features": self.model.local_net.features,
             "patch_scale": self.model.patch_scale,
+            "whiten": self.model.residual_scale is not None,
             "calibration": self.calibration.to_json(),
             "settings": self.settings,
         }
@@ -186,13 +188,19 @@ class Detector:
         try:
             maps = self.native_maps([self.prepare(image) for image in images])
             return [
-                Detection(float(anomaly_map.max()), resize_map(anomaly_map, size), self.threshold)
-                for anomaly_map, size in zip(maps, [i.shape[:2] for i in images], strict=True)
+                Detection(
+                    self.image_score(found), resize_map(found, image.shape[:2]), self.threshold
+                )
+                for found, image in zip(maps, images, strict=True)
             ]
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
                 raise MemoryError(str(error)) from error
             raise
+
+    def image_score(self, anomaly_map: Tensor) -> float:
+        """The score of an image with this map ``(h, w)``."""
+        return image_score(anomaly_map, self.calibration.image_score)
 
     def prepare(self, image: np.ndarray) -> Tensor:
         """An image ``(H, W, 3)`` at the size at which it is scored, ``(3, h, w)``."""
@@ -302,6 +310,7 @@ def calibrate(
     tile: bool,
     optimistic: bool,
     device: torch.device,
+    image_score: str = "max",
 ) -> Calibration:
     """Measures the heads' scales and the image scores of held-out normal images.
 
@@ -316,6 +325,7 @@ def calibrate(
         tile: Whether images have their own resolution and are scored in windows.
         optimistic: Whether these images were trained on.
         device: Where to compute.
+        image_score: What of its map an image's score is.
     """
     scale = HeadScale(0.0, 1.0)
     draft = Calibration(
@@ -329,6 +339,7 @@ def calibrate(
         pixel_range=(0.0, 1.0),
         optimistic=optimistic,
         tile=tile,
+        image_score=image_score,
     )
     detector = Detector(model, draft, device=device)
     scored = []  # for each image its canvas and its windows' scores: scales come before maps
@@ -350,7 +361,7 @@ def calibrate(
         maps = torch.cat([detector.aggregate(draft.mix(part)).cpu() for part in parts])
         for window, anomaly_map in zip(canvas.windows, maps, strict=True):
             canvas.add(window, anomaly_map)
-        peaks.append(float(canvas.map.max()))
+        peaks.append(detector.image_score(canvas.map))
         quantiles.append(np.quantile(canvas.map.numpy(), (0.5, 0.99)))
     return replace(
         draft,

@@ -44,8 +44,9 @@ def networks_in(model: Glance, dtype: torch.dtype) -> Glance:
         return model
     converted = copy.deepcopy(model).to(dtype)
     if dtype != torch.float64:
-        converted.distortion_head.load_state_dict(model.distortion_head.state_dict())
-        converted.distortion_head.to(torch.float32)
+        for name in ("distortion_head", "residual_scale"):
+            head = copy.deepcopy(getattr(model, name))
+            setattr(converted, name, head if head is None else head.to(torch.float32))
     return converted
 
 

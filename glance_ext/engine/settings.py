@@ -11,6 +11,7 @@ from glance_ext.errors import GlanceError
 PRECISIONS = ("float32", "bfloat16")
 PATCH_SCALES = (1, 2, 4)
 AGGREGATIONS = ("mean", "gaussian", "max", "idw")
+IMAGE_SCORES = ("max", "contrast")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,10 @@ class TrainSettings:
         lambda_s: Share of the inconsistency score in a patch's score.
         standardise: Whether each head's score is brought to mean 0 and variance 1 over held-out
             normal patches before mixing; the paper mixes raw scores.
+        whiten: Whether ``s_IAD`` is of the difference whitened over held-out normal patches; the
+            paper's is of the difference as it is.
+        image_score: What of its map an image's score is: ``"max"``, or ``"contrast"`` for the
+            greatest value above the map's median.
         aggregation: How patches become a map; see ``aggregate_patch_scores``.
         grid: Which patches are scored: a stride, or ``"paper"``.
         patch_scale: How often the image is halved for Local-Net, as a factor, 1, 2 or 4: its patch
@@ -62,6 +67,8 @@ class TrainSettings:
     lambda_t: float = 0.01
     lambda_s: float = 0.5
     standardise: bool = True
+    whiten: bool = True
+    image_score: str = "max"
     aggregation: str = "mean"
     grid: str = "4"
     patch_scale: int = 1
@@ -100,6 +107,10 @@ class TrainSettings:
             raise GlanceError(
                 f"aggregation: expected one of {', '.join(AGGREGATIONS)}, got {self.aggregation!r}"
             )
+        if self.image_score not in IMAGE_SCORES:
+            raise GlanceError(
+                f"image score: expected one of {', '.join(IMAGE_SCORES)}, got {self.image_score!r}"
+            )
         try:
             patch_grid(self.grid)
         except ValueError as error:
@@ -128,6 +139,8 @@ PRESETS: dict[str, TrainSettings] = {
         head_learning_rate=1e-5,
         lambda_s=0.8,
         standardise=False,
+        whiten=False,
+        image_score="max",
         grid="paper",
     ),
 }

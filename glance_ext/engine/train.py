@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from glance_ext.engine.distill import (
 from glance_ext.engine.distributed import World
 from glance_ext.engine.joint import joint_stage
 from glance_ext.engine.loop import History, Trainer
+from glance_ext.engine.residuals import fit_residual_scale
 from glance_ext.engine.settings import TrainSettings
 from glance_ext.engine.windows import load_windows, read, usable
 from glance_ext.errors import GlanceError, InputError, NoUsableInputError
@@ -166,7 +167,9 @@ def train_loaded(
         )
     distilled = load_local_net(local_net or packaged_local_net())
     torch.manual_seed(settings.seed)
-    model = Glance(distilled.local_net, patch_scale=settings.patch_scale).to(device)
+    model = Glance(
+        distilled.local_net, patch_scale=settings.patch_scale, whiten=settings.whiten
+    ).to(device)
     distilled.decoder.to(device)
     trainer = Trainer(
         state_file,
@@ -189,16 +192,21 @@ def train_loaded(
     trainer.run(joint_stage(model, images, settings, device, world))
     trainer.restore_modules({"model": model})
 
-    bar = tqdm(
-        held_out or [images[0]],
-        desc="calibrate",
-        unit="image",
-        disable=not (show_progress and world.is_first),
-        dynamic_ncols=True,
-    )
+    def normal_again(what: str) -> Iterator[Tensor]:
+        bar = tqdm(
+            held_out or [images[0]],
+            desc=what,
+            unit="image",
+            disable=not (show_progress and world.is_first),
+            dynamic_ncols=True,
+        )
+        return read(bar)
+
+    if settings.whiten:
+        fit_residual_scale(model, normal_again("whiten"), grid=settings.grid, device=device)
     calibration = calibrate(
         model,
-        read(bar),
+        normal_again("calibrate"),
         lambda_s=settings.lambda_s,
         standardise=settings.standardise,
         aggregation=settings.aggregation,
@@ -206,6 +214,7 @@ def train_loaded(
         tile=settings.tile,
         optimistic=optimistic,
         device=device,
+        image_score=settings.image_score,
     )
     record: dict[str, Any] = {
         **settings.to_json(),

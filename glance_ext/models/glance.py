@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from glance_ext.data.patches import crop_patches
 from glance_ext.models.global_net import GlobalNet, hole_masks
-from glance_ext.models.heads import DistortionHead, distortion, inconsistency
+from glance_ext.models.heads import DistortionHead, ResidualScale, distortion, inconsistency
 from glance_ext.models.local_net import LocalNet
 from glance_ext.models.local_plan import LocalPlan
 from glance_ext.models.normalisation import normalise
@@ -26,7 +26,8 @@ class HeadScores:
     """Raw scores of patches; higher is more anomalous.
 
     Attributes:
-        inconsistency: ``s_IAD``, any shape.
+        inconsistency: ``s_IAD``, any shape; of the whitened difference where the model has a
+            :class:`~glance_ext.models.heads.ResidualScale`.
         distortion: ``s_DAD`` in [0, 1], the same shape.
         log_odds: The distortion head's log-odds of being distorted, the same shape.
     """
@@ -62,6 +63,8 @@ class Glance(nn.Module):
         patch_scale: By how much the image is shrunk for Local-Net, 1, 2 or 4. Its patch of 33x33
             pixels is then a place of ``33 * patch_scale`` in the image, where Global-Net has its
             hole. Origins count the pixels that Local-Net sees.
+        whiten: Whether ``s_IAD`` is of the whitened difference; it is the plain one until
+            ``residual_scale`` is fitted.
     """
 
     def __init__(
@@ -70,12 +73,15 @@ class Glance(nn.Module):
         global_net: GlobalNet | None = None,
         distortion_head: DistortionHead | None = None,
         patch_scale: int = 1,
+        *,
+        whiten: bool = False,
     ) -> None:
         super().__init__()
         self.patch_scale = patch_scale
         self.local_net = local_net
         self.global_net = global_net or GlobalNet(local_net.features)
         self.distortion_head = distortion_head or DistortionHead(local_net.features)
+        self.residual_scale = ResidualScale(local_net.features) if whiten else None
 
     @property
     def view_size(self) -> int:
@@ -110,8 +116,9 @@ class Glance(nn.Module):
     def compare(self, local_features: Tensor, global_features: Tensor) -> HeadScores:
         """Scores from features ``(B, n)`` of both kinds."""
         log_odds = self.distortion_head(local_features, global_features)
+        difference = inconsistency if self.residual_scale is None else self.residual_scale
         return HeadScores(
-            inconsistency(local_features, global_features), distortion(log_odds), -log_odds
+            difference(local_features, global_features), distortion(log_odds), -log_odds
         )
 
     def plan(
@@ -163,6 +170,19 @@ class Glance(nn.Module):
         Returns:
             Scores ``(N, P)``, the grid's patches row by row.
         """
+        return self.compare(*self.grid_features(images, plan))
+
+    @torch.no_grad()
+    def grid_features(self, images: Tensor, plan: GridPlan) -> tuple[Tensor, Tensor]:
+        """Features of every patch of a grid in every image, sharing what the patches share.
+
+        Args:
+            images: ``(N, 3, 256, 256)``, RGB in [0, 1].
+            plan: From :meth:`plan`.
+
+        Returns:
+            Local and global features, ``(N, P, n)`` each, in float32 or wider.
+        """
         dtype = next(self.local_net.parameters()).dtype
         images = normalise(images)
         view = self.local_view(images).to(dtype)
@@ -170,7 +190,7 @@ class Glance(nn.Module):
         local_features = self.local_net.dense(view, plan.local)
         global_features = self.global_net.shared_features(images, plan.holes)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return self.compare(local_features.to(wide), global_features.to(wide))
+        return local_features.to(wide), global_features.to(wide)
 
     @torch.no_grad()
     def score_patches(

@@ -20,6 +20,54 @@ def inconsistency(local_features: Tensor, global_features: Tensor) -> Tensor:
     return (local_features - global_features).square().mean(-1)
 
 
+class ResidualScale(nn.Module):
+    """Brings ``Z_l - Z_g`` to mean 0 and unit covariance over normal patches.
+
+    Some directions of the feature say what the surroundings do not tell, such as grain or the exact
+    tone. There normal patches disagree too, and in the plain mean square they drown the directions
+    in which only defects disagree. Not in the paper.
+
+    Args:
+        features: n, the length of each feature.
+    """
+
+    mean: Tensor
+    whitening: Tensor
+
+    def __init__(self, features: int = 128) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("whitening", torch.eye(features))
+
+    def forward(self, local_features: Tensor, global_features: Tensor) -> Tensor:
+        """``s_IAD = (1/n) ||W (Z_l - Z_g - m)||_2^2``, ``(B,)`` from two ``(B, n)``."""
+        residual = local_features - global_features - self.mean
+        return (residual @ self.whitening.T).square().mean(-1)
+
+    @torch.no_grad()
+    def fit(self, count: int, total: Tensor, products: Tensor, shrinkage: float = 0.01) -> None:
+        """Takes mean and covariance from sums over normal patches.
+
+        Args:
+            count: How many patches.
+            total: ``(n,)`` float64, the sum of their residuals.
+            products: ``(n, n)`` float64, the sum of the residuals' outer products.
+            shrinkage: Share of the mean variance that is added to each, so that directions in which
+                these patches happen not to vary do not decide everything.
+
+        Raises:
+            ValueError: There is no patch.
+        """
+        if count < 1:
+            raise ValueError("ResidualScale: expected at least one patch, got 0")
+        mean = total / count
+        covariance = products / count - torch.outer(mean, mean)
+        variance = covariance.diagonal().mean().clamp_min(1e-12)
+        covariance.diagonal().add_(shrinkage * variance)
+        self.mean.copy_(mean)
+        self.whitening.copy_(torch.linalg.inv(torch.linalg.cholesky(covariance)))
+
+
 class DistortionHead(nn.Module):
     """The DAD head ``C``: the log-odds that a patch is undistorted.
 

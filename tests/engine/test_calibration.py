@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from glance_ext.engine.calibration import Calibration, HeadScale, head_scale
+from glance_ext.engine.calibration import Calibration, HeadScale, head_scale, image_score
 from glance_ext.models.glance import HeadScores
 
 
@@ -79,15 +79,22 @@ def test_json_gives_back_the_same_calibration() -> None:
 
 def test_incomplete_json_is_refused() -> None:
     value = calibration().to_json()
-    for key in value.keys() - {"tile"}:
+    for key in value.keys() - {"tile", "image_score"}:
         with pytest.raises((KeyError, TypeError)):
             Calibration.from_json({k: v for k, v in value.items() if k != key})
 
 
-def test_models_from_before_tiles_are_of_whole_images() -> None:
+def test_models_from_before_tiles_and_image_scores_have_none() -> None:
     value = calibration().to_json()
-    del value["tile"]
-    assert Calibration.from_json(value) == calibration(tile=False)
+    del value["tile"], value["image_score"]
+    assert Calibration.from_json(value) == calibration(tile=False, image_score="max")
+
+
+def test_an_images_score_is_its_greatest_value_or_that_above_the_median() -> None:
+    anomaly_map = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 16.0], [7.0, 8.0, 9.0]])
+    assert image_score(anomaly_map, "max") == 16
+    assert image_score(anomaly_map, "contrast") == 16 - 5
+    assert image_score(anomaly_map + 100, "contrast") == 16 - 5
 
 
 def test_scales_are_taken_over_all_patches_of_all_images() -> None:
