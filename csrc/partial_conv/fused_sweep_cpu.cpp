@@ -1,0 +1,349 @@
+// The fused path's output and gradient of the input: tiles of the source are brought into cache,
+// masked or scaled on the way; the micro-kernel multiplies the windows of all cells that are not
+// empty; the sums are stored in the target's layout.
+#include <cstring>
+
+#include "partial_conv/sweep_plan.h"
+#include "partial_conv/tile_rows.h"
+
+namespace glance {
+namespace {
+
+template <typename Plan>
+void pack(const PartialConvBackwardParams& p, const Plan& plan, int64_t begin, int64_t end) {
+  using T = typename Plan::Stored;
+  using C = typename Plan::Factor;
+  const int64_t columns = plan.kernel.columns, depth = plan.kernel.depth;
+  const T* weight = static_cast<const T*>(p.weight);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t group = index / plan.panels, first = index % plan.panels * columns;
+    const int64_t real = std::min(columns, plan.target_channels - first);
+    const T* of_panel = weight + group * plan.weight_group + first * plan.weight_column;
+    C* panel = static_cast<C*>(p.packed) + index * plan.panel_size;
+    std::fill(panel, panel + plan.panel_size, C{});
+    for (const Phase& phase : plan.phases) {
+      C* packed = panel + phase.packed;
+      const int64_t taps = phase.taps.size();
+      const auto pack_one = [&](int64_t tap, int64_t c) {
+        const T* from = of_panel + phase.taps[tap].weight + c * plan.weight_source;
+        C* to = packed + (tap * plan.pitch + c / depth * depth) * columns + c % depth;
+        for (int64_t k = 0; k < real; ++k) to[k * depth] = convert<C>(from[k * plan.weight_column]);
+      };
+      // In the order of memory, which weights of either layout have their own of.
+      if (plan.weight_source > p.weight_strides[3]) {
+        for (int64_t c = 0; c < plan.source_channels; ++c) {
+          for (int64_t tap = 0; tap < taps; ++tap) pack_one(tap, c);
+        }
+      } else {
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          for (int64_t c = 0; c < plan.source_channels; ++c) pack_one(tap, c);
+        }
+      }
+    }
+  }
+}
+
+template <typename Plan>
+class SweepWorker {
+  using T = typename Plan::Stored;
+  using C = typename Plan::Factor;
+  using A = typename Plan::Sum;
+
+  struct Tile {
+    int64_t image, top, left, height, width;  // of the target, in pixels
+    int64_t cell_y, cell_x;
+    C* source;
+    int64_t first;  // of its pixels among the sums
+  };
+
+  // The cells of one phase whose windows are not empty.
+  struct Rows {
+    std::vector<const C*> source;
+    std::vector<A> ratio;
+    std::vector<int64_t> place;  // among the sums
+  };
+
+ public:
+  SweepWorker(const PartialConvBackwardParams& p, const Plan& plan)
+      : p_(p),
+        plan_(plan),
+        counts_(p),
+        in_flight_(std::max<int64_t>(
+            1, std::min(Plan::kTileBytes / (plan.tile_size() * int64_t(sizeof(C))),
+                        Plan::kTileCells / tile_pixels()))),
+        sources_(in_flight_ * plan.tile_size()),
+        sums_((in_flight_ * tile_pixels() + plan.kernel.rows) * plan.kernel.columns),
+        result_(plan.kernel.rows * plan.kernel.columns),
+        rows_(plan.phases.size()),
+        ratio_(std::max(p.in_width, p.out_width)),
+        bias_(plan.panels * plan.kernel.columns * p.groups) {
+    const T* bias = static_cast<const T*>(p.bias);
+    for (int64_t k = 0; !plan.backward && bias && k < p.out_channels; ++k) {
+      const int64_t group = k / plan.target_channels, own = k % plan.target_channels;
+      bias_[group * plan.panels * plan.kernel.columns + own] = widen(bias[k]);
+    }
+    const T* of_source = static_cast<const T*>(plan.backward ? p.grad_output : p.input);
+    const int64_t channels = plan.source_channels * p.groups;
+    source_ = {of_source, channels, plan.source[0], plan.source[1], p.channels_last};
+    result_map_ = source_;
+    result_map_.data = static_cast<const T*>(p.result);
+    if (plan.backward && p.result) activation_.resize(plan.tile_pixels[1] * plan.pitch);
+  }
+
+  // Tiles are numbered by group, image, row, column; those of one group share the weights.
+  void run(int64_t begin, int64_t end) {
+    const int64_t of_image = plan_.tiles[0] * plan_.tiles[1], of_group = of_image * p_.batch;
+    while (begin < end) {
+      const int64_t group = begin / of_group;
+      const int64_t last = std::min({begin + in_flight_, end, (group + 1) * of_group});
+      tiles_.clear();
+      for (Rows& rows : rows_) rows = {};
+      int64_t pixels = 0;
+      for (int64_t index = begin; index < last; ++index) {
+        const int64_t image = index % of_group / of_image, at = index % of_image;
+        Tile tile;
+        tile.image = image;
+        tile.cell_y = at / plan_.tiles[1] * plan_.tile_cells[0];
+        tile.cell_x = at % plan_.tiles[1] * plan_.tile_cells[1];
+        tile.top = tile.cell_y * plan_.step[0];
+        tile.left = tile.cell_x * plan_.step[1];
+        tile.height = std::min(plan_.tile_cells[0] * plan_.step[0], plan_.target[0] - tile.top);
+        tile.width = std::min(plan_.tile_cells[1] * plan_.step[1], plan_.target[1] - tile.left);
+        tile.source = sources_.data() + (index - begin) * plan_.tile_size();
+        tile.first = pixels;
+        pixels += tile.height * tile.width;
+        if (list_cells(tile, group)) load(tile, group);
+        tiles_.push_back(tile);
+      }
+      multiply(group, pixels);
+      begin = last;
+    }
+  }
+
+ private:
+  int64_t tile_pixels() const {
+    return plan_.tile_cells[0] * plan_.tile_cells[1] * plan_.step[0] * plan_.step[1];
+  }
+
+  // Whether there is a cell that is not empty.
+  bool list_cells(const Tile& tile, int64_t group) {
+    bool any = false;
+    const int64_t n = p_.mask_batch == 1 ? 0 : tile.image;
+    const int64_t ratio_group = p_.ratio_groups() == 1 ? 0 : group;
+    for (int64_t y = 0; y < tile.height; ++y) {
+      const A* ratio = ratio_.data();
+      if (plan_.backward) {
+        target_validity(n, group, tile.top + y, tile.left, tile.width);
+      } else {
+        const int32_t* counts = counts_.row(n, ratio_group, tile.top + y);
+        counts_.ratios(counts, tile.left, tile.left + tile.width, ratio_.data());
+        if (p_.valid && tile.image < p_.mask_batch && group < p_.ratio_groups()) {
+          uint8_t* valid = p_.valid +
+                           ((n * p_.ratio_groups() + ratio_group) * p_.out_height + tile.top + y) *
+                               p_.out_width +
+                           tile.left;
+          for (int64_t x = 0; x < tile.width; ++x) valid[x] = ratio[x] > 0;
+        }
+      }
+      const int64_t in_row = y % plan_.step[0] * plan_.step[1];
+      const int64_t source_y = y / plan_.step[0] * plan_.advance[0] * plan_.tile_pixels[1];
+      for (int64_t a = 0; a < plan_.step[1]; ++a) {
+        Rows& rows = rows_[in_row + a];
+        if (plan_.phases[in_row + a].runs.empty()) continue;
+        const C* from = tile.source + source_y * plan_.pitch;
+        for (int64_t x = a; x < tile.width; x += plan_.step[1]) {
+          if (ratio[x] > 0) {
+            rows.source.push_back(from);
+            rows.ratio.push_back(ratio[x]);
+            rows.place.push_back(tile.first + y * tile.width + x);
+            any = true;
+          }
+          from += plan_.advance[1] * plan_.pitch;
+        }
+      }
+    }
+    return any;
+  }
+
+  // 1 where a pixel of the input counts in one channel at least.
+  void target_validity(int64_t n, int64_t group, int64_t y, int64_t x, int64_t count) {
+    const int64_t plane = p_.in_height * p_.in_width;
+    const int64_t channels = p_.mask_channels == 1 ? 1 : plan_.target_channels;
+    const int64_t first = p_.mask_channels == 1 ? 0 : group * channels;
+    std::fill_n(ratio_.begin(), count, A{0});
+    for (int64_t c = first; c < first + channels; ++c) {
+      const uint8_t* mask = p_.mask + (n * p_.mask_channels + c) * plane + y * p_.in_width + x;
+      for (int64_t i = 0; i < count; ++i) ratio_[i] = mask[i] ? A{1} : ratio_[i];
+    }
+  }
+
+  void load(const Tile& tile, int64_t group) {
+    const int64_t width = plan_.tile_pixels[1], pitch = plan_.pitch;
+    const int64_t top = tile.cell_y * plan_.advance[0] + plan_.first[0];
+    const int64_t left = tile.cell_x * plan_.advance[1] + plan_.first[1];
+    const int64_t from = std::clamp<int64_t>(-left, 0, width);
+    const int64_t to = std::clamp<int64_t>(plan_.source[1] - left, from, width);
+    for (int64_t y = 0; y < plan_.tile_pixels[0]; ++y) {
+      C* row = tile.source + y * width * pitch;
+      if (top + y < 0 || top + y >= plan_.source[0]) {
+        std::fill(row, row + width * pitch, C{});
+        continue;
+      }
+      std::fill(row, row + from * pitch, C{});
+      std::fill(row + to * pitch, row + width * pitch, C{});
+      if (from == to) continue;
+      const PixelRow pixels{tile.image, top + y, left + from, to - from,
+                            group * plan_.source_channels, plan_.source_channels};
+      copy_pixels(source_, pixels, pitch, row + from * pitch);
+      if (!plan_.backward) {
+        mask_pixels(p_, pixels, pitch, row + from * pitch);
+        continue;
+      }
+      if (p_.result) {
+        copy_pixels(result_map_, pixels, pitch, activation_.data());
+        activation_gradient<C>(activation_.data(), pixels.count * pitch, A(p_.negative_slope),
+                               row + from * pitch);
+      }
+      const int64_t n = p_.mask_batch == 1 ? 0 : tile.image;
+      const int32_t* counts = counts_.row(n, p_.ratio_groups() == 1 ? 0 : group, pixels.y);
+      counts_.ratios(counts, pixels.x, pixels.x + pixels.count, ratio_.data());
+      scale_pixels(ratio_.data(), pixels.count, pitch, row + from * pitch);
+    }
+  }
+
+  void multiply(int64_t group, int64_t pixels) {
+    const int64_t step = plan_.kernel.rows, columns = plan_.kernel.columns;
+    // With all cells of one phase there, the micro-kernel's results lie where they belong.
+    const bool in_place = rows_.size() == 1 && int64_t(rows_[0].source.size()) == pixels;
+    int64_t listed = 0;
+    for (Rows& rows : rows_) {
+      listed += rows.place.size();
+      while (rows.source.size() % step != 0) {  // the last row again; its result is not stored
+        rows.source.push_back(rows.source.back());
+        rows.ratio.push_back(rows.ratio.back());
+      }
+    }
+    const A slope = plan_.backward ? A(1) : A(p_.negative_slope);
+    for (int64_t panel = 0; panel < plan_.panels; ++panel) {
+      const int64_t index = group * plan_.panels + panel;
+      if (listed < pixels) std::fill_n(sums_.begin(), pixels * columns, A{0});
+      for (size_t i = 0; i < rows_.size(); ++i) {
+        const Phase& phase = plan_.phases[i];
+        const C* packed =
+            static_cast<const C*>(p_.packed) + index * plan_.panel_size + phase.packed;
+        const int64_t count = rows_[i].place.size();
+        for (int64_t row = 0; row < count; row += step) {
+          A* out = in_place ? sums_.data() + row * columns : result_.data();
+          plan_.kernel.run({rows_[i].source.data() + row, phase.runs.data(),
+                            int64_t(phase.runs.size()), phase.run_length, packed,
+                            rows_[i].ratio.data() + row, bias_.data() + index * columns, slope,
+                            out});
+          if (in_place) continue;
+          for (int64_t m = 0; m < std::min(step, count - row); ++m) {
+            std::memcpy(sums_.data() + rows_[i].place[row + m] * columns, out + m * columns,
+                        columns * sizeof(A));
+          }
+        }
+      }
+      for (const Tile& tile : tiles_) store(tile, group, panel);
+    }
+  }
+
+  // Columns of a panel to the target; its pixels that are not listed are zeros among the sums.
+  void store(const Tile& tile, int64_t group, int64_t panel) {
+    const int64_t columns = plan_.kernel.columns, first = panel * columns;
+    const int64_t width = std::min(columns, plan_.target_channels - first);
+    const int64_t channel = group * plan_.target_channels + first;
+    const int64_t channels = plan_.target_channels * p_.groups;
+    const int64_t plane = plan_.target[0] * plan_.target[1];
+    T* target = static_cast<T*>(plan_.backward ? p_.grad_input : p_.output);
+    for (int64_t y = 0; y < tile.height; ++y) {
+      A* sums = sums_.data() + (tile.first + y * tile.width) * columns;
+      if (plan_.backward && p_.mask_channels != 1) {
+        const PixelRow row{tile.image, tile.top + y, tile.left, tile.width, channel, width};
+        mask_pixels(p_, row, columns, sums);
+      }
+      const int64_t at = (tile.top + y) * plan_.target[1] + tile.left;
+      if (p_.channels_last) {
+        T* out = target + (tile.image * plane + at) * channels + channel;
+        if (std::is_same_v<T, A> && width == columns && channels == columns) {
+          std::memcpy(out, sums, tile.width * columns * sizeof(A));
+          continue;
+        }
+        for (int64_t x = 0; x < tile.width; ++x) {
+          for (int64_t k = 0; k < width; ++k) {
+            out[x * channels + k] = narrow<T>(sums[x * columns + k]);
+          }
+        }
+        continue;
+      }
+      T* out = target + (tile.image * channels + channel) * plane + at;
+      if constexpr (std::is_same_v<T, A>) {
+        transpose(sums, columns, tile.width, width, out, plane);
+      } else {
+        for (int64_t k = 0; k < width; ++k) {
+          for (int64_t x = 0; x < tile.width; ++x) {
+            out[k * plane + x] = narrow<T>(sums[x * columns + k]);
+          }
+        }
+      }
+    }
+  }
+
+  const PartialConvBackwardParams& p_;
+  const Plan& plan_;
+  WindowCounts counts_;
+  int64_t in_flight_;  // tiles
+  std::vector<C> sources_;
+  std::vector<A> sums_;  // (pixels of all tiles, columns)
+  std::vector<A> result_;
+  std::vector<Rows> rows_;  // by phase
+  std::vector<A> ratio_;
+  std::vector<A> bias_;
+  std::vector<C> activation_;
+  std::vector<Tile> tiles_;
+  FeatureMap<T> source_{}, result_map_{};
+};
+
+template <Sweep kSweep>
+void pack_panels(const PartialConvBackwardParams& p, int64_t begin, int64_t end) {
+  with_sweep_plan(p, kSweep, [&](const auto& plan) { pack(p, plan, begin, end); });
+}
+
+template <Sweep kSweep>
+void run_tiles(const PartialConvBackwardParams& p, int64_t begin, int64_t end) {
+  with_sweep_plan(p, kSweep, [&](const auto& plan) {
+    SweepWorker<std::decay_t<decltype(plan)>>(p, plan).run(begin, end);
+  });
+}
+
+}  // namespace
+
+SweepSizes sweep_sizes(const PartialConvBackwardParams& params, Sweep sweep) {
+  SweepSizes sizes;
+  with_sweep_plan(params, sweep, [&](const auto& plan) {
+    using C = typename std::decay_t<decltype(plan)>::Factor;
+    sizes.panels = params.groups * plan.panels;
+    sizes.packed_bytes = sizes.panels * plan.panel_size * int64_t(sizeof(C));
+    sizes.tiles = params.groups * params.batch * plan.tiles[0] * plan.tiles[1];
+  });
+  return sizes;
+}
+
+void pack_forward_cpu(const PartialConvBackwardParams& params, int64_t begin, int64_t end) {
+  pack_panels<Sweep::kForward>(params, begin, end);
+}
+
+void fused_forward_cpu(const PartialConvBackwardParams& params, int64_t begin, int64_t end) {
+  run_tiles<Sweep::kForward>(params, begin, end);
+}
+
+void pack_grad_input_cpu(const PartialConvBackwardParams& params, int64_t begin, int64_t end) {
+  pack_panels<Sweep::kGradInput>(params, begin, end);
+}
+
+void fused_grad_input_cpu(const PartialConvBackwardParams& params, int64_t begin, int64_t end) {
+  run_tiles<Sweep::kGradInput>(params, begin, end);
+}
+
+}  // namespace glance

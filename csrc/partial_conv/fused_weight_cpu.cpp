@@ -1,0 +1,253 @@
+// The fused path's gradients of weight and bias. A step takes a few images (or rows of one) into
+// memory of a cache's size: their input, masked, and of their gradient the windows that are not
+// empty, scaled. One row of the product is one weight's tap and channel, summed over those windows.
+#include <algorithm>
+#include <vector>
+
+#include "hole_windows/micro_kernel.h"
+#include "partial_conv/partial_conv.h"
+#include "partial_conv/tile_rows.h"
+
+namespace glance {
+namespace {
+
+constexpr int64_t kStepBytes = 2 * 1024 * 1024;
+constexpr int64_t kChunk = 256;  // windows whose scaled gradients stay in the innermost cache
+
+template <typename T>
+class WeightGradient {
+  using A = float;
+
+  struct Slab {
+    int64_t image, top, height;  // rows of windows
+  };
+
+ public:
+  WeightGradient(const PartialConvBackwardParams& p, const ParallelFor& parallel)
+      : p_(p),
+        parallel_(parallel),
+        in_(p.in_channels / p.groups),
+        out_(p.out_channels / p.groups),
+        kernel_(float_kernel(best_instruction_set(), out_)),
+        panels_((out_ + kernel_.columns - 1) / kernel_.columns),
+        terms_(p.kernel[0] * p.kernel[1] * in_),
+        blocks_((terms_ + kernel_.rows - 1) / kernel_.rows),
+        width_((p.out_width - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1),
+        input_{static_cast<const T*>(p.input), p.in_channels, p.in_height, p.in_width,
+               p.channels_last},
+        grad_{static_cast<const T*>(p.grad_output), p.out_channels, p.out_height, p.out_width,
+              p.channels_last},
+        result_{static_cast<const T*>(p.result), p.out_channels, p.out_height, p.out_width,
+                p.channels_last},
+        ones_(kernel_.rows, 1),
+        zeros_(kernel_.columns, 0) {
+    int64_t rows = p.out_height;
+    while (rows > 1 && slab_bytes(rows) > kStepBytes) rows = (rows + 1) / 2;
+    slab_height_ = rows;
+    slabs_ = std::max<int64_t>(1, kStepBytes / slab_bytes(rows));
+    const int64_t whole = (p.out_height + rows - 1) / rows * p.batch;
+    slabs_ = std::min(slabs_, std::max<int64_t>(1, whole));
+    const int64_t windows = slabs_ * rows * p.out_width;
+    source_.resize(slabs_ * slab_rows(rows) * width_ * in_);
+    scaled_.resize(windows * panels_ * kernel_.columns);
+    ratio_.resize(windows);
+    places_.resize(windows);
+    for (int64_t j = 0; j < blocks_ * kernel_.rows; ++j) {
+      const int64_t term = std::min(j, terms_ - 1);  // the last one again; it is not stored
+      const int64_t tap = term / in_, i = tap / p.kernel[1], k = tap % p.kernel[1];
+      offsets_.push_back((i * p.dilation[0] * width_ + k * p.dilation[1]) * in_ + term % in_);
+    }
+  }
+
+  void run() {
+    for (int64_t group = 0; group < p_.groups; ++group) {
+      sums_.assign(p_.grad_weight ? panels_ * blocks_ * kernel_.rows * kernel_.columns : 0, 0);
+      bias_.assign(out_, 0);
+      step_.clear();
+      for (int64_t n = 0; n < p_.batch; ++n) {
+        for (int64_t y = 0; y < p_.out_height; y += slab_height_) {
+          step_.push_back({n, y, std::min(slab_height_, p_.out_height - y)});
+          if (int64_t(step_.size()) == slabs_) take_step(group);
+        }
+      }
+      take_step(group);
+      store(group);
+    }
+  }
+
+ private:
+  int64_t slab_rows(int64_t rows) const {
+    return (rows - 1) * p_.stride[0] + (p_.kernel[0] - 1) * p_.dilation[0] + 1;
+  }
+  int64_t slab_bytes(int64_t rows) const {
+    return (slab_rows(rows) * width_ * in_ + rows * p_.out_width * panels_ * kernel_.columns) *
+           int64_t(sizeof(A));
+  }
+
+  void take_step(int64_t group) {
+    if (step_.empty()) return;
+    const int64_t rows = step_.size() * slab_height_;
+    const int64_t source_rows = step_.size() * slab_rows(slab_height_);
+    firsts_.assign(rows + 1, 0);
+    parallel_(rows, [&](int64_t begin, int64_t end) { count_windows(group, begin, end); });
+    for (int64_t row = 0; row < rows; ++row) firsts_[row + 1] += firsts_[row];
+    bias_rows_.assign(p_.grad_bias ? rows * out_ : 0, 0);
+    const int64_t loaded = p_.grad_weight ? source_rows : 0;
+    parallel_(loaded + rows, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < std::min(end, loaded); ++row) load_input(group, row);
+      scale_gradients(group, std::max<int64_t>(begin - loaded, 0), end - loaded);
+    });
+    for (size_t i = 0; i < bias_rows_.size(); ++i) bias_[i % out_] += bias_rows_[i];
+    if (p_.grad_weight) {
+      parallel_(panels_ * blocks_,
+                [&](int64_t begin, int64_t end) { multiply(begin, end, firsts_[rows]); });
+    }
+    step_.clear();
+  }
+
+  // Ratios of rows of windows, and how many of each are not empty.
+  void count_windows(int64_t group, int64_t begin, int64_t end) {
+    WindowCounts counts(p_);
+    for (int64_t row = begin; row < end; ++row) {
+      const Slab& slab = step_[row / slab_height_];
+      const int64_t y = row % slab_height_;
+      if (y >= slab.height) continue;
+      A* ratio = ratio_.data() + row * p_.out_width;
+      counts.ratios(counts.row(p_.mask_batch == 1 ? 0 : slab.image,
+                               p_.ratio_groups() == 1 ? 0 : group, slab.top + y),
+                    0, p_.out_width, ratio);
+      firsts_[row + 1] = std::count_if(ratio, ratio + p_.out_width, [](A r) { return r > 0; });
+    }
+  }
+
+  void load_input(int64_t group, int64_t row) {
+    const int64_t slab_size = slab_rows(slab_height_);
+    const Slab& slab = step_[row / slab_size];
+    const int64_t y = slab.top * p_.stride[0] - p_.padding[0] + row % slab_size;
+    A* to = source_.data() + row * width_ * in_;
+    const int64_t from = std::min(p_.padding[1], width_);
+    const int64_t count = y < 0 || y >= p_.in_height
+                              ? 0
+                              : std::clamp<int64_t>(p_.in_width, 0, width_ - from);
+    if (count <= 0) {
+      std::fill(to, to + width_ * in_, A{0});
+      return;
+    }
+    std::fill(to, to + from * in_, A{0});
+    std::fill(to + (from + count) * in_, to + width_ * in_, A{0});
+    const PixelRow pixels{slab.image, y, 0, count, group * in_, in_};
+    copy_pixels(input_, pixels, in_, to + from * in_);
+    mask_pixels(p_, pixels, in_, to + from * in_);
+  }
+
+  void scale_gradients(int64_t group, int64_t begin, int64_t end) {
+    const int64_t pitch = panels_ * kernel_.columns, width = p_.out_width;
+    std::vector<A> grad(width * pitch), result(p_.result ? width * pitch : 0);
+    for (int64_t row = begin; row < end; ++row) {
+      const Slab& slab = step_[row / slab_height_];
+      const int64_t y = row % slab_height_;
+      if (firsts_[row] == firsts_[row + 1]) continue;
+      const PixelRow pixels{slab.image, slab.top + y, 0, width, group * out_, out_};
+      copy_pixels(grad_, pixels, pitch, grad.data());
+      if (p_.result) {
+        copy_pixels(result_, pixels, pitch, result.data());
+        activation_gradient<A>(result.data(), width * pitch, A(p_.negative_slope), grad.data());
+      }
+      const A* ratio = ratio_.data() + row * width;
+      const int64_t in_slab = row / slab_height_ * slab_rows(slab_height_) + y * p_.stride[0];
+      int64_t window = firsts_[row];
+      for (int64_t x = 0; x < width; ++x) {
+        if (ratio[x] == 0) continue;
+        const A* from = grad.data() + x * pitch;
+        if (p_.grad_bias) {
+          A* sum = bias_rows_.data() + row * out_;
+          for (int64_t k = 0; k < out_; ++k) sum[k] += from[k];
+        }
+        places_[window] = (in_slab * width_ + x * p_.stride[1]) * in_;
+        for (int64_t panel = 0; panel < panels_; ++panel, from += kernel_.columns) {
+          A* to = scaled_.data() + (panel * ratio_.size() + window) * kernel_.columns;
+          for (int64_t k = 0; k < kernel_.columns; ++k) to[k] = from[k] * ratio[x];
+        }
+        ++window;
+      }
+    }
+  }
+
+  void multiply(int64_t begin, int64_t end, int64_t windows) {
+    const int64_t size = kernel_.rows * kernel_.columns;
+    std::vector<A> part(size);
+    std::vector<const A*> rows(kernel_.rows);
+    for (int64_t first = 0; first < windows; first += kChunk) {
+      const int64_t count = std::min(kChunk, windows - first);
+      for (int64_t index = begin; index < end; ++index) {
+        const int64_t panel = index / blocks_, block = index % blocks_;
+        for (int64_t m = 0; m < kernel_.rows; ++m) {
+          rows[m] = source_.data() + offsets_[block * kernel_.rows + m];
+        }
+        kernel_.run({rows.data(), places_.data() + first, count, 1,
+                     scaled_.data() + (panel * ratio_.size() + first) * kernel_.columns,
+                     ones_.data(), zeros_.data(), A(1), part.data()});
+        A* sum = sums_.data() + index * size;
+        for (int64_t i = 0; i < size; ++i) sum[i] += part[i];
+      }
+    }
+  }
+
+  void store(int64_t group) {
+    T* grad_bias = static_cast<T*>(p_.grad_bias);
+    for (int64_t k = 0; grad_bias && k < out_; ++k) {
+      grad_bias[group * out_ + k] = narrow<T>(static_cast<A>(bias_[k]));
+    }
+    if (!p_.grad_weight) return;
+    parallel_(panels_ * blocks_, [&](int64_t begin, int64_t end) {
+      for (int64_t index = begin; index < end; ++index) {
+        const int64_t first = index / blocks_ * kernel_.columns;
+        const int64_t width = std::min(kernel_.columns, out_ - first);
+        for (int64_t m = 0; m < kernel_.rows; ++m) {
+          const int64_t term = index % blocks_ * kernel_.rows + m;
+          if (term >= terms_) break;
+          const int64_t tap = term / in_;
+          T* to = static_cast<T*>(p_.grad_weight) + (group * out_ + first) * p_.weight_strides[0] +
+                  term % in_ * p_.weight_strides[1] +
+                  tap / p_.kernel[1] * p_.weight_strides[2] +
+                  tap % p_.kernel[1] * p_.weight_strides[3];
+          const A* sum = sums_.data() + (index * kernel_.rows + m) * kernel_.columns;
+          for (int64_t k = 0; k < width; ++k) to[k * p_.weight_strides[0]] = narrow<T>(sum[k]);
+        }
+      }
+    });
+  }
+
+  const PartialConvBackwardParams& p_;
+  const ParallelFor& parallel_;
+  int64_t in_, out_;  // channels of one group
+  MicroKernel<float, float> kernel_;
+  int64_t panels_, terms_, blocks_;
+  int64_t width_;  // pixels of a row of the input with what padding the windows see
+  FeatureMap<T> input_, grad_, result_;
+  int64_t slab_height_, slabs_;
+  std::vector<Slab> step_;
+  std::vector<A> source_, scaled_, ratio_, sums_, bias_rows_;
+  std::vector<double> bias_;
+  std::vector<int64_t> firsts_;   // of each row of windows, among those that are not empty
+  std::vector<int64_t> places_;   // of each of these, in source_
+  std::vector<int64_t> offsets_;  // of each term from a window's place
+  std::vector<A> ones_, zeros_;
+};
+
+}  // namespace
+
+void fused_grad_weight_cpu(const PartialConvBackwardParams& params, const ParallelFor& parallel) {
+  switch (params.dtype) {
+    case ScalarType::kFloat32:
+      return WeightGradient<float>(params, parallel).run();
+    case ScalarType::kFloat16:
+      return WeightGradient<Half>(params, parallel).run();
+    case ScalarType::kBFloat16:
+      return WeightGradient<BFloat16>(params, parallel).run();
+    case ScalarType::kFloat64:
+      return;
+  }
+}
+
+}  // namespace glance
