@@ -36,6 +36,7 @@ KERNEL_SOURCES = [
     "csrc/hole_windows/micro_kernel.cpp",
     "csrc/partial_conv/fused_sweep_cpu.cpp",
     "csrc/partial_conv/fused_weight_cpu.cpp",
+    "csrc/partial_conv/outer_kernel.cpp",
     "csrc/partial_conv/partial_conv_cpu.cpp",
     "csrc/patch_scores/patch_scores_cpu.cpp",
 ]

@@ -56,8 +56,10 @@ class SweepWorker {
     int64_t first;  // of its pixels among the sums
   };
 
-  // The cells of one phase whose windows are not empty.
+  // The cells of one phase whose windows are not empty and meet the source with the same runs:
+  // those above and below it are left out.
   struct Rows {
+    int64_t phase, first_run, end_run;
     std::vector<const C*> source;
     std::vector<A> ratio;
     std::vector<int64_t> place;  // among the sums
@@ -74,7 +76,6 @@ class SweepWorker {
         sources_(in_flight_ * plan.tile_size()),
         sums_((in_flight_ * tile_pixels() + plan.kernel.rows) * plan.kernel.columns),
         result_(plan.kernel.rows * plan.kernel.columns),
-        rows_(plan.phases.size()),
         ratio_(std::max(p.in_width, p.out_width)),
         bias_(plan.panels * plan.kernel.columns * p.groups) {
     const T* bias = static_cast<const T*>(p.bias);
@@ -97,7 +98,7 @@ class SweepWorker {
       const int64_t group = begin / of_group;
       const int64_t last = std::min({begin + in_flight_, end, (group + 1) * of_group});
       tiles_.clear();
-      for (Rows& rows : rows_) rows = {};
+      rows_.clear();
       int64_t pixels = 0;
       for (int64_t index = begin; index < last; ++index) {
         const int64_t image = index % of_group / of_image, at = index % of_image;
@@ -148,8 +149,10 @@ class SweepWorker {
       const int64_t in_row = y % plan_.step[0] * plan_.step[1];
       const int64_t source_y = y / plan_.step[0] * plan_.advance[0] * plan_.tile_pixels[1];
       for (int64_t a = 0; a < plan_.step[1]; ++a) {
-        Rows& rows = rows_[in_row + a];
-        if (plan_.phases[in_row + a].runs.empty()) continue;
+        const int64_t at = (tile.cell_y + y / plan_.step[0]) * plan_.advance[0];
+        Rows* list = rows_of(in_row + a, at);
+        if (!list) continue;
+        Rows& rows = *list;
         const C* from = tile.source + source_y * plan_.pitch;
         for (int64_t x = a; x < tile.width; x += plan_.step[1]) {
           if (ratio[x] > 0) {
@@ -163,6 +166,20 @@ class SweepWorker {
       }
     }
     return any;
+  }
+
+  // The list of a phase's cells at row `at` of the source; null if no tap meets it.
+  Rows* rows_of(int64_t phase, int64_t at) {
+    const std::vector<int64_t>& offsets = plan_.phases[phase].run_rows;
+    const auto first = std::lower_bound(offsets.begin(), offsets.end(), -at) - offsets.begin();
+    const auto last =
+        std::lower_bound(offsets.begin(), offsets.end(), plan_.source[0] - at) - offsets.begin();
+    if (first == last) return nullptr;
+    for (Rows& rows : rows_) {
+      if (rows.phase == phase && rows.first_run == first && rows.end_run == last) return &rows;
+    }
+    rows_.push_back({phase, first, last, {}, {}, {}});
+    return &rows_.back();
   }
 
   // 1 where a pixel of the input counts in one channel at least.
@@ -227,20 +244,19 @@ class SweepWorker {
     for (int64_t panel = 0; panel < plan_.panels; ++panel) {
       const int64_t index = group * plan_.panels + panel;
       if (listed < pixels) std::fill_n(sums_.begin(), pixels * columns, A{0});
-      for (size_t i = 0; i < rows_.size(); ++i) {
-        const Phase& phase = plan_.phases[i];
-        const C* packed =
-            static_cast<const C*>(p_.packed) + index * plan_.panel_size + phase.packed;
-        const int64_t count = rows_[i].place.size();
+      for (const Rows& rows : rows_) {
+        const Phase& phase = plan_.phases[rows.phase];
+        const C* packed = static_cast<const C*>(p_.packed) + index * plan_.panel_size +
+                          phase.packed + rows.first_run * phase.run_length * columns;
+        const int64_t count = rows.place.size();
         for (int64_t row = 0; row < count; row += step) {
           A* out = in_place ? sums_.data() + row * columns : result_.data();
-          plan_.kernel.run({rows_[i].source.data() + row, phase.runs.data(),
-                            int64_t(phase.runs.size()), phase.run_length, packed,
-                            rows_[i].ratio.data() + row, bias_.data() + index * columns, slope,
-                            out});
+          plan_.kernel.run({rows.source.data() + row, phase.runs.data() + rows.first_run,
+                            rows.end_run - rows.first_run, phase.run_length, packed,
+                            rows.ratio.data() + row, bias_.data() + index * columns, slope, out});
           if (in_place) continue;
           for (int64_t m = 0; m < std::min(step, count - row); ++m) {
-            std::memcpy(sums_.data() + rows_[i].place[row + m] * columns, out + m * columns,
+            std::memcpy(sums_.data() + rows.place[row + m] * columns, out + m * columns,
                         columns * sizeof(A));
           }
         }
@@ -297,7 +313,7 @@ class SweepWorker {
   std::vector<C> sources_;
   std::vector<A> sums_;  // (pixels of all tiles, columns)
   std::vector<A> result_;
-  std::vector<Rows> rows_;  // by phase
+  std::vector<Rows> rows_;
   std::vector<A> ratio_;
   std::vector<A> bias_;
   std::vector<C> activation_;

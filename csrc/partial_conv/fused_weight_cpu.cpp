@@ -1,10 +1,11 @@
 // The fused path's gradients of weight and bias. A step takes a few images (or rows of one) into
 // memory of a cache's size: their input, masked, and of their gradient the windows that are not
-// empty, scaled. One row of the product is one weight's tap and channel, summed over those windows.
+// empty, scaled. A term
+// is one tap and channel of a weight, summed over those windows.
 #include <algorithm>
 #include <vector>
 
-#include "hole_windows/micro_kernel.h"
+#include "partial_conv/outer_kernel.h"
 #include "partial_conv/partial_conv.h"
 #include "partial_conv/tile_rows.h"
 
@@ -28,19 +29,20 @@ class WeightGradient {
         parallel_(parallel),
         in_(p.in_channels / p.groups),
         out_(p.out_channels / p.groups),
-        kernel_(float_kernel(best_instruction_set(), out_)),
+        whole_rows_(p.dilation[1] == 1),
+        run_((whole_rows_ ? p.kernel[1] : 1) * in_),
+        runs_(p.kernel[0] * (whole_rows_ ? 1 : p.kernel[1])),
+        kernel_(outer_kernel(best_instruction_set(), run_, out_)),
         panels_((out_ + kernel_.columns - 1) / kernel_.columns),
-        terms_(p.kernel[0] * p.kernel[1] * in_),
-        blocks_((terms_ + kernel_.rows - 1) / kernel_.rows),
+        parts_((run_ + kernel_.rows - 1) / kernel_.rows),
+        blocks_(runs_ * parts_),
         width_((p.out_width - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1),
         input_{static_cast<const T*>(p.input), p.in_channels, p.in_height, p.in_width,
                p.channels_last},
         grad_{static_cast<const T*>(p.grad_output), p.out_channels, p.out_height, p.out_width,
               p.channels_last},
         result_{static_cast<const T*>(p.result), p.out_channels, p.out_height, p.out_width,
-                p.channels_last},
-        ones_(kernel_.rows, 1),
-        zeros_(kernel_.columns, 0) {
+                p.channels_last} {
     int64_t rows = p.out_height;
     while (rows > 1 && slab_bytes(rows) > kStepBytes) rows = (rows + 1) / 2;
     slab_height_ = rows;
@@ -52,10 +54,9 @@ class WeightGradient {
     scaled_.resize(windows * panels_ * kernel_.columns);
     ratio_.resize(windows);
     places_.resize(windows);
-    for (int64_t j = 0; j < blocks_ * kernel_.rows; ++j) {
-      const int64_t term = std::min(j, terms_ - 1);  // the last one again; it is not stored
-      const int64_t tap = term / in_, i = tap / p.kernel[1], k = tap % p.kernel[1];
-      offsets_.push_back((i * p.dilation[0] * width_ + k * p.dilation[1]) * in_ + term % in_);
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const Block at = block_at(block);
+      offsets_.push_back((at.y * p.dilation[0] * width_ + at.x * p.dilation[1]) * in_ + at.term);
     }
   }
 
@@ -76,6 +77,17 @@ class WeightGradient {
   }
 
  private:
+  // Neighbouring terms: a window's row and column, and the first of the block's terms behind it.
+  struct Block {
+    int64_t y, x, term;
+  };
+  Block block_at(int64_t block) const {
+    const int64_t run = block / parts_;
+    const int64_t term = std::min(block % parts_ * kernel_.rows, run_ - kernel_.rows);
+    if (whole_rows_) return {run, 0, term};
+    return {run / p_.kernel[1], run % p_.kernel[1], term};
+  }
+
   int64_t slab_rows(int64_t rows) const {
     return (rows - 1) * p_.stride[0] + (p_.kernel[0] - 1) * p_.dilation[0] + 1;
   }
@@ -175,20 +187,13 @@ class WeightGradient {
 
   void multiply(int64_t begin, int64_t end, int64_t windows) {
     const int64_t size = kernel_.rows * kernel_.columns;
-    std::vector<A> part(size);
-    std::vector<const A*> rows(kernel_.rows);
     for (int64_t first = 0; first < windows; first += kChunk) {
       const int64_t count = std::min(kChunk, windows - first);
       for (int64_t index = begin; index < end; ++index) {
         const int64_t panel = index / blocks_, block = index % blocks_;
-        for (int64_t m = 0; m < kernel_.rows; ++m) {
-          rows[m] = source_.data() + offsets_[block * kernel_.rows + m];
-        }
-        kernel_.run({rows.data(), places_.data() + first, count, 1,
+        kernel_.run({source_.data() + offsets_[block], places_.data() + first, count,
                      scaled_.data() + (panel * ratio_.size() + first) * kernel_.columns,
-                     ones_.data(), zeros_.data(), A(1), part.data()});
-        A* sum = sums_.data() + index * size;
-        for (int64_t i = 0; i < size; ++i) sum[i] += part[i];
+                     sums_.data() + index * size});
       }
     }
   }
@@ -203,14 +208,12 @@ class WeightGradient {
       for (int64_t index = begin; index < end; ++index) {
         const int64_t first = index / blocks_ * kernel_.columns;
         const int64_t width = std::min(kernel_.columns, out_ - first);
+        const Block block = block_at(index % blocks_);
         for (int64_t m = 0; m < kernel_.rows; ++m) {
-          const int64_t term = index % blocks_ * kernel_.rows + m;
-          if (term >= terms_) break;
-          const int64_t tap = term / in_;
+          const int64_t x = block.x + (block.term + m) / in_, c = (block.term + m) % in_;
           T* to = static_cast<T*>(p_.grad_weight) + (group * out_ + first) * p_.weight_strides[0] +
-                  term % in_ * p_.weight_strides[1] +
-                  tap / p_.kernel[1] * p_.weight_strides[2] +
-                  tap % p_.kernel[1] * p_.weight_strides[3];
+                  c * p_.weight_strides[1] + block.y * p_.weight_strides[2] +
+                  x * p_.weight_strides[3];
           const A* sum = sums_.data() + (index * kernel_.rows + m) * kernel_.columns;
           for (int64_t k = 0; k < width; ++k) to[k * p_.weight_strides[0]] = narrow<T>(sum[k]);
         }
@@ -221,8 +224,10 @@ class WeightGradient {
   const PartialConvBackwardParams& p_;
   const ParallelFor& parallel_;
   int64_t in_, out_;  // channels of one group
-  MicroKernel<float, float> kernel_;
-  int64_t panels_, terms_, blocks_;
+  bool whole_rows_;     // neighbouring taps are neighbours in memory
+  int64_t run_, runs_;  // terms that are, and how often
+  OuterKernel kernel_;
+  int64_t panels_, parts_, blocks_;  // a run in parts of the kernel's rows makes blocks
   int64_t width_;  // pixels of a row of the input with what padding the windows see
   FeatureMap<T> input_, grad_, result_;
   int64_t slab_height_, slabs_;
@@ -231,8 +236,7 @@ class WeightGradient {
   std::vector<double> bias_;
   std::vector<int64_t> firsts_;   // of each row of windows, among those that are not empty
   std::vector<int64_t> places_;   // of each of these, in source_
-  std::vector<int64_t> offsets_;  // of each term from a window's place
-  std::vector<A> ones_, zeros_;
+  std::vector<int64_t> offsets_;  // of each block from a window's place
 };
 
 }  // namespace

@@ -23,6 +23,7 @@ struct Phase {
   int64_t y, x;  // first pixel in the target
   std::vector<Tap> taps;
   std::vector<int64_t> runs;  // of the micro-kernel, in elements of a tile
+  std::vector<int64_t> run_rows;  // offset of each in the source, in rows, ascending
   int64_t run_length = 0;
   int64_t packed = 0;  // first element of its panel within the panels of a group's columns
 };
@@ -128,7 +129,9 @@ struct SweepPlan {
   }
 
   Phase phase(const PartialConvParams& p, int64_t y, int64_t x) const {
-    Phase made{y, x, {}, {}};
+    Phase made;
+    made.y = y;
+    made.x = x;
     const auto rows = axis_taps(p, 0, y), columns = axis_taps(p, 1, x);
     for (const auto& [offset_y, i] : rows) {
       for (const auto& [offset_x, j] : columns) {
@@ -145,6 +148,7 @@ struct SweepPlan {
     made.run_length = together * pitch;
     for (size_t i = 0; together > 0 && i < made.taps.size(); i += together) {
       const Tap& tap = made.taps[i];
+      made.run_rows.push_back(tap.y);
       made.runs.push_back(((tap.y - first[0]) * tile_pixels[1] + tap.x - first[1]) * pitch);
     }
     return made;
