@@ -9,36 +9,80 @@
 namespace glance {
 namespace {
 
+// Packs the panel whose first weight is `weight`, one value after the other.
+template <typename Plan>
+void pack_values(const Plan& plan, const typename Plan::Stored* weight, int64_t real,
+                 typename Plan::Factor* panel) {
+  using C = typename Plan::Factor;
+  const int64_t columns = plan.kernel.columns, depth = plan.kernel.depth;
+  for (const Phase& phase : plan.phases) {
+    for (int64_t c = 0; c < plan.source_channels; ++c) {
+      for (size_t tap = 0; tap < phase.taps.size(); ++tap) {
+        const auto* from = weight + phase.taps[tap].weight + c * plan.weight_source;
+        C* to = panel + phase.packed + (tap * plan.pitch + c / depth * depth) * columns + c % depth;
+        for (int64_t k = 0; k < real; ++k) to[k * depth] = convert<C>(from[k * plan.weight_column]);
+      }
+    }
+  }
+}
+
+// The same by blocks, for the layouts that weights have.
+void pack_blocks(const PartialConvParams& p, const SweepPlan<float, float, float>& plan,
+                 const float* weight, int64_t real, float* panel) {
+  const int64_t columns = plan.kernel.columns, taps = p.kernel[0] * p.kernel[1];
+  const bool source_first = plan.weight_source == 1, columns_first = plan.weight_column == 1;
+  const bool taps_first = p.weight_strides[3] == 1 && p.weight_strides[2] == p.kernel[1];
+  if (!source_first && !columns_first && !taps_first) {
+    return pack_values(plan, weight, real, panel);
+  }
+  if (source_first || columns_first) {
+    for (const Phase& phase : plan.phases) {
+      for (size_t tap = 0; tap < phase.taps.size(); ++tap) {
+        const float* from = weight + phase.taps[tap].weight;
+        float* to = panel + phase.packed + tap * plan.pitch * columns;
+        if (source_first) {
+          transpose(from, plan.weight_column, real, plan.source_channels, to, columns);
+          continue;
+        }
+        for (int64_t c = 0; c < plan.source_channels; ++c) {
+          std::copy_n(from + c * plan.weight_source, real, to + c * columns);
+        }
+      }
+    }
+    return;
+  }
+  std::vector<float> window(taps * columns);
+  for (int64_t c = 0; c < plan.source_channels; ++c) {
+    transpose(weight + c * plan.weight_source, plan.weight_column, real, taps, window.data(),
+              columns);
+    for (const Phase& phase : plan.phases) {
+      float* to = panel + phase.packed + c * columns;
+      for (const Tap& tap : phase.taps) {
+        std::memcpy(to, window.data() + tap.weight * columns, columns * sizeof(float));
+        to += plan.pitch * columns;
+      }
+    }
+  }
+}
+
 template <typename Plan>
 void pack(const PartialConvBackwardParams& p, const Plan& plan, int64_t begin, int64_t end) {
   using T = typename Plan::Stored;
   using C = typename Plan::Factor;
-  const int64_t columns = plan.kernel.columns, depth = plan.kernel.depth;
-  const T* weight = static_cast<const T*>(p.weight);
   for (int64_t index = begin; index < end; ++index) {
-    const int64_t group = index / plan.panels, first = index % plan.panels * columns;
-    const int64_t real = std::min(columns, plan.target_channels - first);
-    const T* of_panel = weight + group * plan.weight_group + first * plan.weight_column;
+    const int64_t group = index / plan.panels;
+    const int64_t first = index % plan.panels * plan.kernel.columns;
+    const int64_t real = std::min(plan.kernel.columns, plan.target_channels - first);
+    const T* weight = static_cast<const T*>(p.weight) + group * plan.weight_group +
+                      first * plan.weight_column;
     C* panel = static_cast<C*>(p.packed) + index * plan.panel_size;
-    std::fill(panel, panel + plan.panel_size, C{});
-    for (const Phase& phase : plan.phases) {
-      C* packed = panel + phase.packed;
-      const int64_t taps = phase.taps.size();
-      const auto pack_one = [&](int64_t tap, int64_t c) {
-        const T* from = of_panel + phase.taps[tap].weight + c * plan.weight_source;
-        C* to = packed + (tap * plan.pitch + c / depth * depth) * columns + c % depth;
-        for (int64_t k = 0; k < real; ++k) to[k * depth] = convert<C>(from[k * plan.weight_column]);
-      };
-      // In the order of memory, which weights of either layout have their own of.
-      if (plan.weight_source > p.weight_strides[3]) {
-        for (int64_t c = 0; c < plan.source_channels; ++c) {
-          for (int64_t tap = 0; tap < taps; ++tap) pack_one(tap, c);
-        }
-      } else {
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          for (int64_t c = 0; c < plan.source_channels; ++c) pack_one(tap, c);
-        }
-      }
+    if (real < plan.kernel.columns || plan.pitch != plan.source_channels) {
+      std::fill(panel, panel + plan.panel_size, C{});
+    }
+    if constexpr (std::is_same_v<T, float>) {
+      pack_blocks(p, plan, weight, real, panel);
+    } else {
+      pack_values(plan, weight, real, panel);
     }
   }
 }

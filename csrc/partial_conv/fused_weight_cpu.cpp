@@ -78,6 +78,7 @@ class WeightGradient {
 
  private:
   // Neighbouring terms: a window's row and column, and the first of the block's terms behind it.
+  // The last block of a run begins early enough to be of full size.
   struct Block {
     int64_t y, x, term;
   };
@@ -204,21 +205,45 @@ class WeightGradient {
       grad_bias[group * out_ + k] = narrow<T>(static_cast<A>(bias_[k]));
     }
     if (!p_.grad_weight) return;
-    parallel_(panels_ * blocks_, [&](int64_t begin, int64_t end) {
+    const bool taps_first = p_.weight_strides[3] == 1 && p_.weight_strides[2] == p_.kernel[1];
+    parallel_(panels_ * in_, [&](int64_t begin, int64_t end) {
+      const int64_t taps = p_.kernel[0] * p_.kernel[1];
+      std::vector<A> window(taps * kernel_.columns);
       for (int64_t index = begin; index < end; ++index) {
-        const int64_t first = index / blocks_ * kernel_.columns;
+        const int64_t panel = index / in_, c = index % in_, first = panel * kernel_.columns;
         const int64_t width = std::min(kernel_.columns, out_ - first);
-        const Block block = block_at(index % blocks_);
-        for (int64_t m = 0; m < kernel_.rows; ++m) {
-          const int64_t x = block.x + (block.term + m) / in_, c = (block.term + m) % in_;
-          T* to = static_cast<T*>(p_.grad_weight) + (group * out_ + first) * p_.weight_strides[0] +
-                  c * p_.weight_strides[1] + block.y * p_.weight_strides[2] +
-                  x * p_.weight_strides[3];
-          const A* sum = sums_.data() + (index * kernel_.rows + m) * kernel_.columns;
-          for (int64_t k = 0; k < width; ++k) to[k * p_.weight_strides[0]] = narrow<T>(sum[k]);
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          std::copy_n(sum_of(panel, tap, c), kernel_.columns,
+                      window.data() + tap * kernel_.columns);
+        }
+        T* to = static_cast<T*>(p_.grad_weight) + (group * out_ + first) * p_.weight_strides[0] +
+                c * p_.weight_strides[1];
+        if constexpr (std::is_same_v<T, A>) {
+          if (taps_first) {
+            transpose(window.data(), kernel_.columns, taps, width, to, p_.weight_strides[0]);
+            continue;
+          }
+        }
+        for (int64_t k = 0; k < width; ++k) {
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            to[k * p_.weight_strides[0] + tap / p_.kernel[1] * p_.weight_strides[2] +
+               tap % p_.kernel[1] * p_.weight_strides[3]] =
+                narrow<T>(window[tap * kernel_.columns + k]);
+          }
         }
       }
     });
+  }
+
+  // The sums of one tap and channel, a value for each column of a panel.
+  const A* sum_of(int64_t panel, int64_t tap, int64_t c) const {
+    const int64_t run = whole_rows_ ? tap / p_.kernel[1] : tap;
+    const int64_t term = (whole_rows_ ? tap % p_.kernel[1] : 0) * in_ + c;
+    const int64_t part = term / kernel_.rows;
+    const int64_t block = run * parts_ + part;
+    return sums_.data() +
+           ((panel * blocks_ + block) * kernel_.rows + term - block_at(block).term) *
+               kernel_.columns;
   }
 
   const PartialConvBackwardParams& p_;

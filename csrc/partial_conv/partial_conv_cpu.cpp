@@ -1,3 +1,6 @@
+#include <algorithm>
+#include <cstdlib>
+
 #include "hole_windows/micro_kernel.h"
 #include "partial_conv/partial_conv.h"
 #include "partial_conv/window_counts.h"
@@ -73,6 +76,16 @@ void mask_rows(const PartialConvParams& p, int64_t begin, int64_t end) {
     }
     const int64_t mask_plane = p.in_height * p.in_width;
     const uint8_t* mask = p.mask + n * p.mask_channels * mask_plane + y * p.in_width;
+    if (p.mask_channels == 1) {
+      const int64_t size = p.in_width * p.in_channels;
+      if (input != output) std::copy_n(input + row * size, size, output + row * size);
+      for (int64_t x = 0; x < p.in_width; ++x) {
+        if (mask[x]) continue;
+        T* pixel = output + row * size + x * p.in_channels;
+        std::fill(pixel, pixel + p.in_channels, T{});
+      }
+      continue;
+    }
     for (int64_t x = 0; x < p.in_width; ++x) {
       const int64_t start = (row * p.in_width + x) * p.in_channels;
       for (int64_t c = 0; c < p.in_channels; ++c) {
@@ -143,10 +156,12 @@ void rescale_cpu(const PartialConvParams& params, int64_t begin, int64_t end) {
     const A slope = static_cast<A>(params.negative_slope);
     for (int64_t row = begin; row < end; ++row) {
       for_output_row<T>(params, row, plain, output, [=](T value, A ratio, int64_t k) {
-        if (ratio == A{0}) return narrow<T>(A{0});
-        const A result = widen(value) * ratio + (bias ? widen(bias[k]) : A{0});
-        const A below = slope == A{0} ? A{0} : result * slope;
-        return narrow<T>(result < A{0} ? below : result);
+        // Computed for empty windows too and then left out, which compilers turn into vectors.
+        const A sum = widen(value) * ratio + (bias ? widen(bias[k]) : A{0});
+        const A scaled = sum * slope;
+        const A below = slope == A{0} ? A{0} : scaled;
+        const A result = sum < A{0} ? below : sum;
+        return narrow<T>(ratio == A{0} ? A{0} : result);
       });
     }
   });
@@ -160,7 +175,8 @@ void rescale_backward_cpu(const PartialConvBackwardParams& params, int64_t begin
     T* target = static_cast<T*>(params.grad_conv);
     for (int64_t row = begin; row < end; ++row) {
       for_output_row<T>(params, row, source, target, [](T value, A ratio, int64_t) {
-        return ratio == A{0} ? narrow<T>(A{0}) : narrow<T>(widen(value) * ratio);
+        const A scaled = widen(value) * ratio;
+        return narrow<T>(ratio == A{0} ? A{0} : scaled);
       });
     }
   });
@@ -168,6 +184,7 @@ void rescale_backward_cpu(const PartialConvBackwardParams& params, int64_t begin
 
 bool prefers_fused(const PartialConvParams& p) {
   if (p.dtype == ScalarType::kFloat64) return false;
+  if (getenv("GL_PATH")) return getenv("GL_PATH")[0] == 'f';
   if (best_instruction_set() == InstructionSet::kPlain) return false;
   return p.out_channels / p.groups >= 8 || p.groups == 1;
 }
