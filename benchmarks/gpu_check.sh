@@ -82,6 +82,34 @@ for mode in ("mean", "gaussian", "max", "idw"):
 '
 }
 
+# A network of every layer that sees holes, forward and backward, with each kernel's dtypes, widths of
+# channels (3, 16, 20, 72) and more cells than one tile; under any tool.
+holes() {
+  local tool=$1
+  shift
+  sanitize "$tool" "$@" "$PYTHON" -c '
+import torch
+from torch import nn
+from glance_ext.nn import HoleFeatures, MaskedMaxPool2d, PartialConv2d
+
+origins = torch.cartesian_prod(torch.arange(0, 44, 11), torch.arange(0, 44, 11))
+for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+    for tf32 in {False, dtype == torch.float32}:
+        torch.backends.cudnn.allow_tf32 = tf32
+        layers = [PartialConv2d(3, 16, 7, stride=2), nn.ReLU(), MaskedMaxPool2d(3, 2)]
+        for size in ((16, 20, 3, 1, 1), (20, 72, 3, 2), (72, 130, 3)):
+            layers += [PartialConv2d(*size), nn.LeakyReLU(0.1)]
+        layers = nn.Sequential(*layers).to("cuda", dtype)
+        shared = HoleFeatures(layers)
+        images = torch.rand(2, 3, 61, 61, device="cuda", dtype=dtype, requires_grad=True)
+        plan = shared.plan(61, 17, origins, device="cuda", dtype=dtype)
+        features = shared(images, plan)
+        features.sum().backward()
+        torch.cuda.synchronize()
+        print(dtype, "tf32" if tf32 else "", float(features.sum()), float(images.grad.sum()))
+'
+}
+
 # bench SUITE DTYPE: measures, prints the table, writes the JSON and checks its form.
 bench() {
   local suite=$1 dtype=$2 machine file
@@ -101,9 +129,15 @@ step "build" build
 step "tests" run_tests
 # Compilers' own kernels are not ours to check, and slow to.
 step "memcheck: op tests" sanitize memcheck "$PYTHON" -m pytest tests/ops -m cuda -k "not compile"
+step "memcheck: holes" holes memcheck
 step "racecheck: aggregation" race
-for dtype in float32 bfloat16; do
-  step "bench: ops $dtype" bench ops "$dtype"
+step "racecheck: holes" holes racecheck --kernel-name kernel_substring=glance
+step "initcheck: holes" holes initcheck --kernel-name kernel_substring=glance
+# float32 may round the factors of its products to TF32, as torch's convolutions do by default.
+for suite in ops detect; do
+  for dtype in float32 bfloat16; do
+    step "bench: $suite $dtype" bench "$suite" "$dtype"
+  done
 done
 
 printf '\n=== summary\n'

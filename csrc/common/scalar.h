@@ -11,6 +11,17 @@
 #define GLANCE_HOST_DEVICE
 #endif
 
+// Marks the body of a kernel that the C++ tests run too, where it is an ordinary function.
+#ifdef __CUDACC__
+#define GLANCE_DEVICE __device__ __forceinline__
+#define GLANCE_DEVICE_UNROLL _Pragma("unroll")
+#define GLANCE_DEVICE_ROLL _Pragma("unroll 1")
+#else
+#define GLANCE_DEVICE inline
+#define GLANCE_DEVICE_UNROLL
+#define GLANCE_DEVICE_ROLL
+#endif
+
 namespace glance {
 
 enum class ScalarType : int { kFloat32, kFloat64, kFloat16, kBFloat16 };

@@ -12,7 +12,9 @@
 #include <c10/cuda/CUDAStream.h>
 #endif
 
+#include <algorithm>
 #include <array>
+#include <atomic>
 #include <string>
 
 #include "common/scalar.h"
@@ -95,6 +97,22 @@ void run_kernel(const at::Tensor& on, const Params& params, int64_t rows, int64_
   TORCH_INTERNAL_ASSERT(on.is_cpu());
   at::parallel_for(0, rows, grain > 0 ? grain : 1,
                    [&](int64_t begin, int64_t end) { cpu(params, begin, end); });
+}
+
+// The same where rows cost differently: threads take blocks of at least `grain` rows as they come.
+template <typename Params, typename Cpu, typename Cuda>
+void run_kernel_in_blocks(const at::Tensor& on, const Params& params, int64_t rows, int64_t grain,
+                          Cpu cpu, Cuda cuda) {
+  if (!on.is_cpu()) return run_kernel(on, params, rows, grain, cpu, cuda);
+  constexpr int64_t kBlocksPerThread = 8;
+  const int64_t threads = at::get_num_threads();
+  const int64_t block = std::max(grain, rows / (threads * kBlocksPerThread));
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min(threads, (rows + block - 1) / block), 1, [&](int64_t, int64_t) {
+    for (int64_t begin; (begin = next.fetch_add(block)) < rows;) {
+      cpu(params, begin, std::min(begin + block, rows));
+    }
+  });
 }
 
 // The CUDA launcher of a kernel, or a stand-in that is never called in a CPU build.

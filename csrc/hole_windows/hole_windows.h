@@ -5,8 +5,8 @@
 // they are those of the base pass. So one step of the shared computation is, for hole b of image n,
 //
 //   input(y, x) = 0                                     outside the map (padding)
-//                 windows[b, y - r, x - c]              inside the hole's extent (r, c, rows,
-//                 columns) base[n, y, x]                         elsewhere
+//                 windows[b, y - r, x - c]              inside the hole's extent (r, c, h, w)
+//                 base[n, y, x]                         elsewhere
 //   output[b, i, j] = act(ratio[b, i, j] * sum_t weight_t . input(y_t, x_t) + bias)
 //                     with y_t = (origin_r + i) * stride - padding + dilation * t_y, x_t alike
 //
@@ -46,6 +46,10 @@ struct HoleWindowsParams {
   const void* base = nullptr;        // (N, H, W, C)
   const void* windows = nullptr;     // (N * P, h, w, C), or null: the extent is the hole itself
 
+  // A caller that keeps the windows of a few holes only says which is the first in memory.
+  int64_t first_window = 0;
+  int64_t first_output = 0;
+
   GLANCE_HOST_DEVICE int64_t window_count() const { return batch * holes; }
 };
 
@@ -73,6 +77,7 @@ struct HoleConvParams : HoleWindowsParams {
   int64_t padding[2] = {0, 0};
   int64_t dilation[2] = {1, 1};
   double negative_slope = 1;
+  bool tf32 = false;       // CUDA may multiply float32 as TF32, which keeps 10 bits of the fraction
   int64_t cell_count = 0;  // M
 
   const int32_t* origins = nullptr;  // (G, 2): the next window's first row and column
@@ -81,11 +86,26 @@ struct HoleConvParams : HoleWindowsParams {
   const void* weight = nullptr;      // (K, C, kh, kw)
   const void* bias = nullptr;        // (K), or null
   void* output = nullptr;            // (N * P, ho, wo, K)
-  void* packed = nullptr;            // packed_weight_bytes(): workspace
+  void* packed = nullptr;  // workspace: packed_weight_bytes(), on CUDA hole_conv_workspace_bytes()
+};
+
+// The greatest value in each cell's window of the composed input, for every cell of the next
+// window; outside of the map nothing counts, and a cell that sees nothing else is -infinity. NaN is
+// the greatest of all.
+struct HolePoolParams : HoleWindowsParams {
+  int64_t out_height = 0;  // ho, of the next window
+  int64_t out_width = 0;   // wo
+  int64_t kernel[2] = {1, 1};
+  int64_t stride[2] = {1, 1};
+  int64_t padding[2] = {0, 0};
+  int64_t dilation[2] = {1, 1};
+  const int32_t* origins = nullptr;  // (G, 2): the next window's first row and column
+  void* output = nullptr;            // (N * P, ho, wo, C)
 };
 
 // CPU kernels work on a range, so that the caller owns the threads.
 void gather_holes_cpu(const HoleGatherParams& params, int64_t begin, int64_t end);  // of N * P
+void hole_max_pool_cpu(const HolePoolParams& params, int64_t begin, int64_t end);   // of N * P
 // The two halves of the gradient: over N * P windows, and over N * H rows of the base.
 void scatter_windows_cpu(const HoleGatherBackwardParams& params, int64_t begin, int64_t end);
 void scatter_base_cpu(const HoleGatherBackwardParams& params, int64_t begin, int64_t end);
@@ -93,12 +113,35 @@ void scatter_base_cpu(const HoleGatherBackwardParams& params, int64_t begin, int
 // The convolution reads weights in the order of its inner loop: pack them first, then convolve.
 int64_t packed_weight_bytes(const HoleConvParams& params);
 int64_t weight_panels(const HoleConvParams& params);
+int64_t channel_padding(const HoleConvParams& params);  // zero channels that would spare copies
 void pack_weight_cpu(const HoleConvParams& params, int64_t begin, int64_t end);  // of the panels
 void hole_conv_cpu(const HoleConvParams& params, int64_t begin, int64_t end);    // of N * P
+
+// One layer of a sequence: a convolution, or where it has no weight a max-pooling.
+struct HoleLayer {
+  HoleConvParams conv;
+  HolePoolParams pool;
+
+  bool is_pool() const { return conv.weight == nullptr; }
+  const HoleWindowsParams& input() const {
+    return is_pool() ? static_cast<const HoleWindowsParams&>(pool) : conv;
+  }
+  // Of one window, its output's elements.
+  int64_t output_size() const {
+    return is_pool() ? pool.out_height * pool.out_width * pool.channels
+                     : conv.out_height * conv.out_width * conv.out_channels;
+  }
+};
+
+// Windows [begin, end) of N * P through all `count` layers, a few at a time, so that what lies
+// between the layers stays in the cache. Only the last layer's output is memory of the caller.
+void hole_sequence_cpu(const HoleLayer* layers, int64_t count, int64_t begin, int64_t end);
 
 // CUDA launchers: asynchronous on `stream` (a cudaStream_t), returning a cudaError_t as an int.
 int gather_holes_cuda(const HoleGatherParams& params, void* stream);
 int scatter_holes_cuda(const HoleGatherBackwardParams& params, void* stream);  // both halves
-int hole_conv_cuda(const HoleConvParams& params, void* stream);  // output is zero before
+int64_t hole_conv_workspace_bytes(const HoleConvParams& params);  // aligned to 16 bytes
+int hole_conv_cuda(const HoleConvParams& params, void* stream);   // output is zero before
+int hole_max_pool_cuda(const HolePoolParams& params, void* stream);
 
 }  // namespace glance

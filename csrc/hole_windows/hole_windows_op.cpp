@@ -1,44 +1,18 @@
-// Tensors -> Hole*Params -> kernels, for glance_ext::gather_holes, hole_conv2d and their backwards.
-#include <ATen/TensorOperators.h>
-#include <ATen/ops/convolution_backward.h>
+// Tensors -> Hole*Params, and glance_ext::gather_holes with its backward.
 #include <ATen/ops/empty.h>
-#include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <limits>
-#include <tuple>
-
-#include "common/tensor_check.h"
-#include "hole_windows/hole_windows.h"
+#include "hole_windows/hole_ops.h"
 
 namespace glance {
 namespace {
 
 constexpr auto kLast = at::MemoryFormat::ChannelsLast;
-
-// (N, P, C, h, w) in memory as (N * P, h, w, C), which the kernels read.
-at::Tensor windows_last(const at::Tensor& windows) {
-  return windows.permute({0, 1, 3, 4, 2}).contiguous();
-}
-
-at::Tensor new_windows(const at::Tensor& like, int64_t n, int64_t p, int64_t c, int64_t h,
-                       int64_t w, bool zero = false) {
-  const std::array<int64_t, 5> size{n, p, h, w, c};
-  const at::Tensor last = zero ? at::zeros(size, like.options()) : at::empty(size, like.options());
-  return last.permute({0, 1, 4, 2, 3});
-}
+constexpr const char* kGather = "gather_holes";
 
 at::Tensor new_base(const at::Tensor& base) {
   return at::empty(base.sizes(), base.options().memory_format(kLast));
-}
-
-void check_index(const char* op, const char* name, const at::Tensor& index,
-                 const at::Tensor& base) {
-  GLANCE_CHECK_TYPE(index.scalar_type() == at::kInt, op, name, " to be int32, got ",
-                    dtype_name(index));
-  GLANCE_CHECK_VALUE(index.device() == base.device(), op, name, " on the base's device ",
-                     base.device(), ", got ", index.device());
 }
 
 // Geometry with a row for each hole, (P, columns), or for each window, (N, P, columns).
@@ -51,7 +25,38 @@ void check_geometry(const char* op, const char* name, const at::Tensor& rows,
       ", got ", rows.sizes());
 }
 
-// Checks base, windows and extents, and fills in their sizes; pointers stay null.
+// What only a CPU can look at for free; a CUDA kernel reads nothing outside of its tensors anyway.
+void check_extents(const char* op, const HoleWindowsParams& p) {
+  for (int64_t g = 0; g < p.geometry_rows; ++g) {
+    const int32_t* e = p.extents + g * 4;
+    GLANCE_CHECK_VALUE(e[0] >= 0 && e[1] >= 0 && e[2] >= 0 && e[3] >= 0 &&
+                           e[0] + int64_t(e[2]) <= p.height && e[1] + int64_t(e[3]) <= p.width,
+                       op, "every extent inside the ", p.height, "x", p.width, " map, got extent ",
+                       g, " of ", e[2], "x", e[3], " at row ", e[0], ", column ", e[1]);
+  }
+}
+
+}  // namespace
+
+at::Tensor windows_last(const at::Tensor& windows) {
+  return windows.permute({0, 1, 3, 4, 2}).contiguous();
+}
+
+at::Tensor new_windows(const at::Tensor& like, int64_t n, int64_t p, int64_t c, int64_t h,
+                       int64_t w, bool zero) {
+  const std::array<int64_t, 5> size{n, p, h, w, c};
+  const at::Tensor last = zero ? at::zeros(size, like.options()) : at::empty(size, like.options());
+  return last.permute({0, 1, 4, 2, 3});
+}
+
+void check_index(const char* op, const char* name, const at::Tensor& index,
+                 const at::Tensor& base) {
+  GLANCE_CHECK_TYPE(index.scalar_type() == at::kInt, op, name, " to be int32, got ",
+                    dtype_name(index));
+  GLANCE_CHECK_VALUE(index.device() == base.device(), op, name, " on the base's device ",
+                     base.device(), ", got ", index.device());
+}
+
 HoleWindowsParams checked_windows(const char* op, const at::Tensor& base,
                                   const std::optional<at::Tensor>& windows,
                                   const at::Tensor& extents) {
@@ -85,24 +90,14 @@ HoleWindowsParams checked_windows(const char* op, const at::Tensor& base,
   return p;
 }
 
-// What only a CPU can look at for free; a CUDA kernel reads nothing outside of its tensors anyway.
-void check_extents(const char* op, const HoleWindowsParams& p) {
+void check_windows_hold(const char* op, const HoleWindowsParams& p) {
   for (int64_t g = 0; g < p.geometry_rows; ++g) {
     const int32_t* e = p.extents + g * 4;
-    GLANCE_CHECK_VALUE(e[0] >= 0 && e[1] >= 0 && e[2] >= 0 && e[3] >= 0 &&
-                           e[0] + int64_t(e[2]) <= p.height && e[1] + int64_t(e[3]) <= p.width,
-                       op, "every extent inside the ", p.height, "x", p.width, " map, got extent ",
-                       g, " of ", e[2], "x", e[3], " at row ", e[0], ", column ", e[1]);
-    GLANCE_CHECK_VALUE(!p.windows || (e[2] <= p.window_height && e[3] <= p.window_width), op,
+    GLANCE_CHECK_VALUE(e[2] <= p.window_height && e[3] <= p.window_width, op,
                        "every extent to fit its window of ", p.window_height, "x", p.window_width,
                        ", got extent ", g, " of ", e[2], "x", e[3]);
   }
 }
-
-// The tensors behind the pointers of one call, in the layout of the kernels.
-struct Workspace {
-  at::Tensor base, windows, extents, origins;
-};
 
 Workspace bind_inputs(const char* op, HoleWindowsParams& p, const at::Tensor& base,
                       const std::optional<at::Tensor>& windows, const at::Tensor& extents,
@@ -118,11 +113,12 @@ Workspace bind_inputs(const char* op, HoleWindowsParams& p, const at::Tensor& ba
   p.windows = windows.has_value() ? work.windows.const_data_ptr() : nullptr;
   p.extents = work.extents.const_data_ptr<int32_t>();
   origin_pointer = work.origins.const_data_ptr<int32_t>();
-  if (base.is_cpu()) check_extents(op, p);
+  if (base.is_cpu()) {
+    check_extents(op, p);
+    if (windows.has_value()) check_windows_hold(op, p);
+  }
   return work;
 }
-
-constexpr const char* kGather = "gather_holes";
 
 HoleGatherParams checked_gather(const at::Tensor& base, const std::optional<at::Tensor>& windows,
                                 const at::Tensor& extents, at::IntArrayRef tile_size) {
@@ -152,11 +148,10 @@ at::Tensor gather_holes(const at::Tensor& base, const std::optional<at::Tensor>&
   return tiles;
 }
 
-// The gradients of gather_holes, given its tiles' gradient in the kernels' layout.
-std::tuple<at::Tensor, at::Tensor> scatter(HoleGatherBackwardParams p, const at::Tensor& base,
-                                           const std::optional<at::Tensor>& windows,
-                                           const at::Tensor& grad_tiles,
-                                           std::array<bool, 2> output_mask) {
+std::tuple<at::Tensor, at::Tensor> scatter_tiles(HoleGatherBackwardParams p, const at::Tensor& base,
+                                                 const std::optional<at::Tensor>& windows,
+                                                 const at::Tensor& grad_tiles,
+                                                 std::array<bool, 2> output_mask) {
   at::Tensor grad_base = at::empty({0}, base.options());
   at::Tensor grad_windows = at::empty({0}, base.options());
   p.grad_tiles = grad_tiles.const_data_ptr();
@@ -190,6 +185,8 @@ std::tuple<at::Tensor, at::Tensor> scatter(HoleGatherBackwardParams p, const at:
   return {grad_base, grad_windows};
 }
 
+namespace {
+
 std::tuple<at::Tensor, at::Tensor> gather_holes_backward(
     const at::Tensor& grad_tiles, const at::Tensor& base, const std::optional<at::Tensor>& windows,
     const at::Tensor& extents, const at::Tensor& origins, std::array<bool, 2> output_mask) {
@@ -204,179 +201,7 @@ std::tuple<at::Tensor, at::Tensor> gather_holes_backward(
                      grad_tiles.sizes());
   const DeviceGuard guard(base);
   const Workspace work = bind_inputs(kGather, p, base, windows, extents, origins, p.origins);
-  return scatter(p, base, windows, windows_last(grad_tiles), output_mask);
-}
-
-constexpr const char* kConv = "hole_conv2d";
-
-HoleConvParams checked_conv(const at::Tensor& base, const std::optional<at::Tensor>& windows,
-                            const at::Tensor& extents, const at::Tensor& cells,
-                            const at::Tensor& ratio, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
-                            at::IntArrayRef padding, at::IntArrayRef dilation,
-                            double negative_slope) {
-  HoleConvParams p;
-  static_cast<HoleWindowsParams&>(p) = checked_windows(kConv, base, windows, extents);
-  GLANCE_CHECK_VALUE(weight.dim() == 4 && weight.numel() > 0, kConv,
-                     "weight of shape (K, C, kh, kw), got ", weight.sizes());
-  GLANCE_CHECK_VALUE(weight.size(1) == p.channels, kConv, "weight to have the base's ", p.channels,
-                     " channels, got ", weight.size(1));
-  const auto like_base = [&](const char* name, const at::Tensor& tensor) {
-    GLANCE_CHECK_TYPE(tensor.scalar_type() == base.scalar_type(), kConv, name, " of the base's ",
-                      dtype_name(base), ", got ", dtype_name(tensor));
-    GLANCE_CHECK_VALUE(tensor.device() == base.device(), kConv, name, " on the base's device ",
-                       base.device(), ", got ", tensor.device());
-  };
-  like_base("weight", weight);
-  p.out_channels = weight.size(0);
-  if (bias.has_value()) {
-    like_base("bias", *bias);
-    GLANCE_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == p.out_channels, kConv,
-                       "bias of shape (", p.out_channels, ",), got ", bias->sizes());
-  }
-  GLANCE_CHECK_TYPE(ratio.scalar_type() == accumulate_dtype(p.dtype), kConv, "ratio to be ",
-                    p.dtype == ScalarType::kFloat64 ? "float64" : "float32", ", got ",
-                    dtype_name(ratio));
-  GLANCE_CHECK_VALUE(ratio.device() == base.device(), kConv, "ratio on the base's device ",
-                     base.device(), ", got ", ratio.device());
-  GLANCE_CHECK_VALUE(
-      ratio.dim() == extents.dim() + 1 &&
-          ratio.sizes().slice(0, extents.dim() - 1) == extents.sizes().slice(0, extents.dim() - 1),
-      kConv, "ratio of one window for each of the extents ", extents.sizes(), ", got ",
-      ratio.sizes());
-  check_index(kConv, "cells", cells, base);
-  GLANCE_CHECK_VALUE(cells.dim() == 1, kConv, "cells of shape (M,), got ", cells.sizes());
-  p.out_height = ratio.size(-2);
-  p.out_width = ratio.size(-1);
-  p.cell_count = cells.size(0);
-  GLANCE_CHECK_VALUE(ratio.numel() <= std::numeric_limits<int32_t>::max(), kConv,
-                     "at most 2147483647 cells of windows, got ", ratio.numel());
-  for (int axis = 0; axis < 2; ++axis) {
-    p.kernel[axis] = weight.size(2 + axis);
-    p.stride[axis] = pair(kConv, "stride", stride)[axis];
-    p.padding[axis] = pair(kConv, "padding", padding)[axis];
-    p.dilation[axis] = pair(kConv, "dilation", dilation)[axis];
-    GLANCE_CHECK_VALUE(p.stride[axis] > 0, kConv, "stride to be positive, got ", p.stride[axis]);
-    GLANCE_CHECK_VALUE(p.padding[axis] >= 0, kConv, "padding not to be negative, got ",
-                       p.padding[axis]);
-    GLANCE_CHECK_VALUE(p.dilation[axis] > 0, kConv, "dilation to be positive, got ",
-                       p.dilation[axis]);
-  }
-  GLANCE_CHECK_VALUE(negative_slope >= 0, kConv, "negative_slope not to be negative, got ",
-                     negative_slope);
-  p.negative_slope = negative_slope;
-  return p;
-}
-
-void check_cells(const HoleConvParams& p) {
-  const int64_t count = p.geometry_rows * p.out_height * p.out_width;
-  int64_t previous = -1;
-  for (int64_t i = 0; i < p.cell_count; ++i) {
-    GLANCE_CHECK_VALUE(p.cells[i] > previous && p.cells[i] < count, kConv,
-                       "cells ascending and below ", count, ", got ", p.cells[i], " after ",
-                       previous);
-    previous = p.cells[i];
-  }
-}
-
-at::Tensor hole_conv2d(const at::Tensor& base, const std::optional<at::Tensor>& windows,
-                       const at::Tensor& extents, const at::Tensor& origins,
-                       const at::Tensor& cells, const at::Tensor& ratio, const at::Tensor& weight,
-                       const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
-                       at::IntArrayRef padding, at::IntArrayRef dilation, double negative_slope) {
-  HoleConvParams p = checked_conv(base, windows, extents, cells, ratio, weight, bias, stride,
-                                  padding, dilation, negative_slope);
-  const DeviceGuard guard(base);
-  const Workspace work = bind_inputs(kConv, p, base, windows, extents, origins, p.origins);
-  const at::Tensor of_cells = cells.contiguous(), of_ratio = ratio.contiguous();
-  const at::Tensor of_weight = weight.contiguous();
-  const at::Tensor of_bias = bias.has_value() ? bias->contiguous() : at::Tensor();
-  p.cells = of_cells.const_data_ptr<int32_t>();
-  p.ratio = of_ratio.const_data_ptr();
-  p.weight = of_weight.const_data_ptr();
-  p.bias = bias.has_value() ? of_bias.const_data_ptr() : nullptr;
-  if (base.is_cpu()) check_cells(p);
-  const at::Tensor output = new_windows(base, p.batch, p.holes, p.out_channels, p.out_height,
-                                        p.out_width, /*zero=*/base.is_cuda());
-  if (output.numel() == 0) return output;
-  p.output = output.mutable_data_ptr();
-  at::Tensor packed;
-  if (base.is_cpu()) {
-    packed = at::empty({packed_weight_bytes(p)}, base.options().dtype(at::kByte));
-    p.packed = packed.mutable_data_ptr();
-    run_kernel(base, p, weight_panels(p), 1, pack_weight_cpu, GLANCE_CUDA(hole_conv_cuda));
-  }
-  run_kernel(base, p, p.window_count(), 1, hole_conv_cpu, GLANCE_CUDA(hole_conv_cuda));
-  return output;
-}
-
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hole_conv2d_backward(
-    const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& base,
-    const std::optional<at::Tensor>& windows, const at::Tensor& extents, const at::Tensor& origins,
-    const at::Tensor& ratio, const at::Tensor& weight, at::IntArrayRef stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, double negative_slope,
-    std::array<bool, 4> output_mask) {
-  const at::Tensor no_cells = at::empty({0}, extents.options());
-  const HoleConvParams p = checked_conv(base, windows, extents, no_cells, ratio, weight,
-                                        std::nullopt, stride, padding, dilation, negative_slope);
-  const std::array<int64_t, 5> expected{p.batch, p.holes, p.out_channels, p.out_height,
-                                        p.out_width};
-  for (const at::Tensor* tensor : {&grad_output, &output}) {
-    GLANCE_CHECK_VALUE(tensor->sizes() == at::IntArrayRef(expected), "hole_conv2d_backward",
-                       tensor == &output ? "output" : "grad_output", " of shape ",
-                       at::IntArrayRef(expected), ", got ", tensor->sizes());
-  }
-  GLANCE_CHECK_TYPE(grad_output.scalar_type() == base.scalar_type(), "hole_conv2d_backward",
-                    "grad_output of the base's ", dtype_name(base), ", got ",
-                    dtype_name(grad_output));
-  const DeviceGuard guard(base);
-  at::Tensor grad_base = at::empty({0}, base.options());
-  at::Tensor grad_windows = at::empty({0}, base.options());
-  at::Tensor grad_weight = at::empty({0}, weight.options());
-  at::Tensor grad_bias = at::empty({0}, base.options());
-
-  // (N, P, ho, wo, K), so that sums do not depend on the layout: the gradient behind the
-  // activation, at the cells that were computed.
-  const at::Tensor scale = ratio.contiguous().unsqueeze(-1);
-  at::Tensor grad = windows_last(grad_output).to(ratio.scalar_type());
-  if (negative_slope != 1) {
-    grad = at::where(windows_last(output) > 0, grad, grad * negative_slope);
-  }
-  grad = at::where(scale != 0, grad, at::zeros({}, grad.options()));
-  if (output_mask[3]) grad_bias = grad.sum({0, 1, 2, 3}).to(base.scalar_type());
-  if (output_mask[0] || output_mask[1] || output_mask[2]) {
-    const int64_t count = p.window_count();
-    const at::Tensor grad_conv = (grad * scale)
-                                     .to(base.scalar_type())
-                                     .reshape({count, p.out_height, p.out_width, p.out_channels})
-                                     .permute({0, 3, 1, 2});
-    const at::Tensor steps = at::empty({2}, origins.options());
-    std::array<int64_t, 2> tile;
-    for (int axis = 0; axis < 2; ++axis) {
-      tile[axis] = ((axis ? p.out_width : p.out_height) - 1) * p.stride[axis] +
-                   (p.kernel[axis] - 1) * p.dilation[axis] + 1;
-      steps[axis].fill_(p.stride[axis]);
-    }
-    at::Tensor tile_origins = origins * steps;
-    for (int axis = 0; axis < 2; ++axis) tile_origins.select(-1, axis).sub_(p.padding[axis]);
-    const at::Tensor tiles = gather_holes(base, windows, extents, tile_origins, tile, 0)
-                                 .permute({0, 1, 3, 4, 2})
-                                 .reshape({count, tile[0], tile[1], p.channels})
-                                 .permute({0, 3, 1, 2});
-    auto [grad_tiles, of_weight, unused] = at::convolution_backward(
-        grad_conv, tiles, weight, std::nullopt, stride, {0, 0}, dilation, /*transposed=*/false,
-        {0, 0}, 1, {output_mask[0] || output_mask[1], output_mask[2], false});
-    if (output_mask[2]) grad_weight = of_weight.contiguous(memory_format(weight));
-    if (output_mask[0] || output_mask[1]) {
-      HoleGatherBackwardParams q;
-      static_cast<HoleGatherParams&>(q) = checked_gather(base, windows, extents, tile);
-      const Workspace work = bind_inputs(kConv, q, base, windows, extents, tile_origins, q.origins);
-      std::tie(grad_base, grad_windows) =
-          scatter(q, base, windows, grad_tiles.permute({0, 2, 3, 1}).contiguous(),
-                  {output_mask[0], output_mask[1]});
-    }
-  }
-  return {grad_base, grad_windows, grad_weight, grad_bias};
+  return scatter_tiles(p, base, windows, windows_last(grad_tiles), output_mask);
 }
 
 }  // namespace
@@ -384,16 +209,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hole_conv2d_backward(
 TORCH_LIBRARY_IMPL(glance_ext, CPU, m) {
   m.impl("gather_holes", &gather_holes);
   m.impl("gather_holes_backward", &gather_holes_backward);
-  m.impl("hole_conv2d", &hole_conv2d);
-  m.impl("hole_conv2d_backward", &hole_conv2d_backward);
 }
 
 #ifdef GLANCE_EXT_WITH_CUDA
 TORCH_LIBRARY_IMPL(glance_ext, CUDA, m) {
   m.impl("gather_holes", &gather_holes);
   m.impl("gather_holes_backward", &gather_holes_backward);
-  m.impl("hole_conv2d", &hole_conv2d);
-  m.impl("hole_conv2d_backward", &hole_conv2d_backward);
 }
 #endif
 

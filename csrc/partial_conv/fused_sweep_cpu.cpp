@@ -1,6 +1,7 @@
 // The fused path's output and gradient of the input: tiles of the source are brought into cache,
 // masked or scaled on the way; the micro-kernel multiplies the windows of all cells that are not
-// empty; the sums are stored in the target's layout.
+// empty, and writes into the target where that holds a pixel's channels side by side; elsewhere
+// into sums in cache, which are stored in the target's layout.
 #include <cstring>
 
 #include "partial_conv/sweep_plan.h"
@@ -27,7 +28,7 @@ void pack_values(const Plan& plan, const typename Plan::Stored* weight, int64_t 
 }
 
 // The same by blocks, for the layouts that weights have.
-void pack_blocks(const PartialConvParams& p, const SweepPlan<float, float, float>& plan,
+void pack_blocks(const PartialConvParams& p, const SweepPlan<float, float, float, float>& plan,
                  const float* weight, int64_t real, float* panel) {
   const int64_t columns = plan.kernel.columns, taps = p.kernel[0] * p.kernel[1];
   const bool source_first = plan.weight_source == 1, columns_first = plan.weight_column == 1;
@@ -73,8 +74,8 @@ void pack(const PartialConvBackwardParams& p, const Plan& plan, int64_t begin, i
     const int64_t group = index / plan.panels;
     const int64_t first = index % plan.panels * plan.kernel.columns;
     const int64_t real = std::min(plan.kernel.columns, plan.target_channels - first);
-    const T* weight = static_cast<const T*>(p.weight) + group * plan.weight_group +
-                      first * plan.weight_column;
+    const T* weight =
+        static_cast<const T*>(p.weight) + group * plan.weight_group + first * plan.weight_column;
     C* panel = static_cast<C*>(p.packed) + index * plan.panel_size;
     if (real < plan.kernel.columns || plan.pitch != plan.source_channels) {
       std::fill(panel, panel + plan.panel_size, C{});
@@ -92,21 +93,28 @@ class SweepWorker {
   using T = typename Plan::Stored;
   using C = typename Plan::Factor;
   using A = typename Plan::Sum;
+  using O = typename Plan::Result;
 
   struct Tile {
     int64_t image, top, left, height, width;  // of the target, in pixels
     int64_t cell_y, cell_x;
     C* source;
     int64_t first;  // of its pixels among the sums
+    int64_t place(const SweepWorker& worker, int64_t y, int64_t x) const {
+      if (!worker.in_place_) return first + y * width + x;
+      return (image * worker.plan_.target[0] + top + y) * worker.plan_.target[1] + left + x;
+    }
   };
 
-  // The cells of one phase whose windows are not empty and meet the source with the same runs:
-  // those above and below it are left out.
+  static constexpr int64_t kNowhere = -1;
+
+  // The cells of one phase that meet the source with the same runs: those above and below it are
+  // left out. They come in the micro-kernel's strips, of which one cell at least is not empty.
   struct Rows {
     int64_t phase, first_run, end_run;
-    std::vector<const C*> source;
-    std::vector<A> ratio;
-    std::vector<int64_t> place;  // among the sums
+    std::vector<const C*> source;  // of each strip
+    std::vector<A> ratio;          // of each cell
+    std::vector<int64_t> place;    // of each cell, in pixels; kNowhere of an empty one
   };
 
  public:
@@ -117,9 +125,13 @@ class SweepWorker {
         in_flight_(std::max<int64_t>(
             1, std::min(Plan::kTileBytes / (plan.tile_size() * int64_t(sizeof(C))),
                         Plan::kTileCells / tile_pixels()))),
-        sources_(in_flight_ * plan.tile_size()),
-        sums_((in_flight_ * tile_pixels() + plan.kernel.rows) * plan.kernel.columns),
-        result_(plan.kernel.rows * plan.kernel.columns),
+        // A strip at the end of a row of cells reads on: its other cells are stored nowhere.
+        sources_(in_flight_ * plan.tile_size() +
+                 (plan.kernel.strip - 1) * plan.advance[1] * plan.pitch),
+        in_place_(std::is_same_v<T, O> && p.channels_last &&
+                  (!plan.backward || p.mask_channels == 1)),
+        sums_(in_place_ ? 0 : in_flight_ * tile_pixels() * plan.kernel.columns),
+        out_(plan.kernel.rows),
         ratio_(std::max(p.in_width, p.out_width)),
         bias_(plan.panels * plan.kernel.columns * p.groups) {
     const T* bias = static_cast<const T*>(p.bias);
@@ -143,6 +155,7 @@ class SweepWorker {
       const int64_t last = std::min({begin + in_flight_, end, (group + 1) * of_group});
       tiles_.clear();
       rows_.clear();
+      empty_.clear();
       int64_t pixels = 0;
       for (int64_t index = begin; index < last; ++index) {
         const int64_t image = index % of_group / of_image, at = index % of_image;
@@ -160,7 +173,7 @@ class SweepWorker {
         if (list_cells(tile, group)) load(tile, group);
         tiles_.push_back(tile);
       }
-      multiply(group, pixels);
+      multiply(group);
       begin = last;
     }
   }
@@ -194,18 +207,26 @@ class SweepWorker {
       const int64_t source_y = y / plan_.step[0] * plan_.advance[0] * plan_.tile_pixels[1];
       for (int64_t a = 0; a < plan_.step[1]; ++a) {
         const int64_t at = (tile.cell_y + y / plan_.step[0]) * plan_.advance[0];
-        Rows* list = rows_of(in_row + a, at);
-        if (!list) continue;
-        Rows& rows = *list;
+        Rows* rows = rows_of(in_row + a, at);
         const C* from = tile.source + source_y * plan_.pitch;
-        for (int64_t x = a; x < tile.width; x += plan_.step[1]) {
-          if (ratio[x] > 0) {
-            rows.source.push_back(from);
-            rows.ratio.push_back(ratio[x]);
-            rows.place.push_back(tile.first + y * tile.width + x);
+        const int64_t strip = plan_.kernel.strip, next = plan_.step[1];
+        for (int64_t x = a; x < tile.width; x += strip * next) {
+          bool filled = false;
+          for (int64_t i = x; i < std::min(x + strip * next, tile.width); i += next) {
+            const bool valid = rows && ratio[i] > 0;
+            filled = filled || valid;
+            if (!valid) empty_.push_back(tile.place(*this, y, i));
+          }
+          if (filled) {
+            rows->source.push_back(from);
+            for (int64_t i = x; i < x + strip * next; i += next) {
+              const bool valid = i < tile.width && ratio[i] > 0;
+              rows->ratio.push_back(valid ? ratio[i] : A(0));
+              rows->place.push_back(valid ? tile.place(*this, y, i) : kNowhere);
+            }
             any = true;
           }
-          from += plan_.advance[1] * plan_.pitch;
+          from += strip * plan_.advance[1] * plan_.pitch;
         }
       }
     }
@@ -253,8 +274,9 @@ class SweepWorker {
       std::fill(row, row + from * pitch, C{});
       std::fill(row + to * pitch, row + width * pitch, C{});
       if (from == to) continue;
-      const PixelRow pixels{tile.image, top + y, left + from, to - from,
-                            group * plan_.source_channels, plan_.source_channels};
+      const PixelRow pixels{
+          tile.image,           top + y, left + from, to - from, group * plan_.source_channels,
+          plan_.source_channels};
       copy_pixels(source_, pixels, pitch, row + from * pitch);
       if (!plan_.backward) {
         mask_pixels(p_, pixels, pitch, row + from * pitch);
@@ -272,78 +294,78 @@ class SweepWorker {
     }
   }
 
-  void multiply(int64_t group, int64_t pixels) {
-    const int64_t step = plan_.kernel.rows, columns = plan_.kernel.columns;
-    // With all cells of one phase there, the micro-kernel's results lie where they belong.
-    const bool in_place = rows_.size() == 1 && int64_t(rows_[0].source.size()) == pixels;
-    int64_t listed = 0;
+  void multiply(int64_t group) {
+    const int64_t step = plan_.kernel.rows, strip = plan_.kernel.strip;
+    const int64_t columns = plan_.kernel.columns;
     for (Rows& rows : rows_) {
-      listed += rows.place.size();
-      while (rows.source.size() % step != 0) {  // the last row again; its result is not stored
+      while (rows.place.size() % step != 0) {  // the last strip again; its results go nowhere
         rows.source.push_back(rows.source.back());
-        rows.ratio.push_back(rows.ratio.back());
+        rows.ratio.insert(rows.ratio.end(), strip, A(0));
+        rows.place.insert(rows.place.end(), strip, kNowhere);
       }
     }
     const A slope = plan_.backward ? A(1) : A(p_.negative_slope);
     for (int64_t panel = 0; panel < plan_.panels; ++panel) {
-      const int64_t index = group * plan_.panels + panel;
-      if (listed < pixels) std::fill_n(sums_.begin(), pixels * columns, A{0});
+      const int64_t index = group * plan_.panels + panel, first = panel * columns;
+      const int64_t width = std::min(columns, plan_.target_channels - first);
+      const int64_t pitch = in_place_ ? plan_.target_channels * p_.groups : columns;
+      O* base = sums_.data();
+      if constexpr (std::is_same_v<T, O>) {
+        if (in_place_) base = target() + group * plan_.target_channels + first;
+      }
+      for (const int64_t place : empty_) std::fill_n(base + place * pitch, width, O{});
       for (const Rows& rows : rows_) {
         const Phase& phase = plan_.phases[rows.phase];
         const C* packed = static_cast<const C*>(p_.packed) + index * plan_.panel_size +
                           phase.packed + rows.first_run * phase.run_length * columns;
-        const int64_t count = rows.place.size();
-        for (int64_t row = 0; row < count; row += step) {
-          A* out = in_place ? sums_.data() + row * columns : result_.data();
-          plan_.kernel.run({rows.source.data() + row, phase.runs.data() + rows.first_run,
-                            rows.end_run - rows.first_run, phase.run_length, packed,
-                            rows.ratio.data() + row, bias_.data() + index * columns, slope, out});
-          if (in_place) continue;
-          for (int64_t m = 0; m < std::min(step, count - row); ++m) {
-            std::memcpy(sums_.data() + rows.place[row + m] * columns, out + m * columns,
-                        columns * sizeof(A));
+        for (size_t row = 0; row < rows.place.size(); row += step) {
+          for (int64_t m = 0; m < step; ++m) {
+            const int64_t place = rows.place[row + m];
+            out_[m] = place == kNowhere ? nullptr : base + place * pitch;
           }
+          plan_.kernel.run({rows.source.data() + row / strip, plan_.advance[1] * plan_.pitch,
+                            phase.runs.data() + rows.first_run, rows.end_run - rows.first_run,
+                            phase.run_length, packed, rows.ratio.data() + row,
+                            bias_.data() + index * columns, slope, out_.data(), width});
         }
       }
+      if (in_place_) continue;
       for (const Tile& tile : tiles_) store(tile, group, panel);
     }
   }
 
-  // Columns of a panel to the target; its pixels that are not listed are zeros among the sums.
+  T* target() const { return static_cast<T*>(plan_.backward ? p_.grad_input : p_.output); }
+
+  // Columns of a panel to the target.
   void store(const Tile& tile, int64_t group, int64_t panel) {
     const int64_t columns = plan_.kernel.columns, first = panel * columns;
     const int64_t width = std::min(columns, plan_.target_channels - first);
     const int64_t channel = group * plan_.target_channels + first;
     const int64_t channels = plan_.target_channels * p_.groups;
     const int64_t plane = plan_.target[0] * plan_.target[1];
-    T* target = static_cast<T*>(plan_.backward ? p_.grad_input : p_.output);
     for (int64_t y = 0; y < tile.height; ++y) {
-      A* sums = sums_.data() + (tile.first + y * tile.width) * columns;
+      O* sums = sums_.data() + (tile.first + y * tile.width) * columns;
       if (plan_.backward && p_.mask_channels != 1) {
         const PixelRow row{tile.image, tile.top + y, tile.left, tile.width, channel, width};
         mask_pixels(p_, row, columns, sums);
       }
       const int64_t at = (tile.top + y) * plan_.target[1] + tile.left;
       if (p_.channels_last) {
-        T* out = target + (tile.image * plane + at) * channels + channel;
-        if (std::is_same_v<T, A> && width == columns && channels == columns) {
-          std::memcpy(out, sums, tile.width * columns * sizeof(A));
-          continue;
-        }
+        T* out = target() + (tile.image * plane + at) * channels + channel;
         for (int64_t x = 0; x < tile.width; ++x) {
           for (int64_t k = 0; k < width; ++k) {
-            out[x * channels + k] = narrow<T>(sums[x * columns + k]);
+            out[x * channels + k] = convert<T>(sums[x * columns + k]);
           }
         }
         continue;
       }
-      T* out = target + (tile.image * channels + channel) * plane + at;
-      if constexpr (std::is_same_v<T, A>) {
+      T* out = target() + (tile.image * channels + channel) * plane + at;
+      if constexpr (std::is_same_v<T, O>) {
         transpose(sums, columns, tile.width, width, out, plane);
       } else {
         for (int64_t k = 0; k < width; ++k) {
           for (int64_t x = 0; x < tile.width; ++x) {
-            out[k * plane + x] = narrow<T>(sums[x * columns + k]);
+            out[k * plane + x] = convert<T>(sums[x * columns + k]);
           }
         }
       }
@@ -355,8 +377,10 @@ class SweepWorker {
   WindowCounts counts_;
   int64_t in_flight_;  // tiles
   std::vector<C> sources_;
-  std::vector<A> sums_;  // (pixels of all tiles, columns)
-  std::vector<A> result_;
+  bool in_place_;               // results go to the target
+  std::vector<O> sums_;         // (pixels of all tiles, columns)
+  std::vector<O*> out_;         // of each of the micro-kernel's rows
+  std::vector<int64_t> empty_;  // places of cells that are zero
   std::vector<Rows> rows_;
   std::vector<A> ratio_;
   std::vector<A> bias_;

@@ -139,9 +139,8 @@ class WeightGradient {
     const int64_t y = slab.top * p_.stride[0] - p_.padding[0] + row % slab_size;
     A* to = source_.data() + row * width_ * in_;
     const int64_t from = std::min(p_.padding[1], width_);
-    const int64_t count = y < 0 || y >= p_.in_height
-                              ? 0
-                              : std::clamp<int64_t>(p_.in_width, 0, width_ - from);
+    const int64_t count =
+        y < 0 || y >= p_.in_height ? 0 : std::clamp<int64_t>(p_.in_width, 0, width_ - from);
     if (count <= 0) {
       std::fill(to, to + width_ * in_, A{0});
       return;
@@ -241,14 +240,13 @@ class WeightGradient {
     const int64_t term = (whole_rows_ ? tap % p_.kernel[1] : 0) * in_ + c;
     const int64_t part = term / kernel_.rows;
     const int64_t block = run * parts_ + part;
-    return sums_.data() +
-           ((panel * blocks_ + block) * kernel_.rows + term - block_at(block).term) *
-               kernel_.columns;
+    return sums_.data() + ((panel * blocks_ + block) * kernel_.rows + term - block_at(block).term) *
+                              kernel_.columns;
   }
 
   const PartialConvBackwardParams& p_;
   const ParallelFor& parallel_;
-  int64_t in_, out_;  // channels of one group
+  int64_t in_, out_;    // channels of one group
   bool whole_rows_;     // neighbouring taps are neighbours in memory
   int64_t run_, runs_;  // terms that are, and how often
   OuterKernel kernel_;

@@ -58,11 +58,11 @@ struct PartialConvParams {
   void* ratio = nullptr;  // (mask_batch, ratio_groups(), Ho, Wo), accumulate type; 0 where invalid
   const void* weight = nullptr;  // (K, C / groups, kh, kw), of any strides
   int64_t weight_strides[4] = {0, 0, 0, 0};
-  const void* bias = nullptr;  // (K), or null
+  const void* bias = nullptr;   // (K), or null
   const void* plain = nullptr;  // (N, K, Ho, Wo): the plain convolution; may be `output` itself
   void* output = nullptr;       // (N, K, Ho, Wo)
-  uint8_t* valid = nullptr;  // (mask_batch, ratio_groups(), Ho, Wo): 0 or 1; or null
-  void* packed = nullptr;    // fused path: SweepSizes::packed_bytes of workspace
+  uint8_t* valid = nullptr;     // (mask_batch, ratio_groups(), Ho, Wo): 0 or 1; or null
+  void* packed = nullptr;       // fused path: SweepSizes::packed_bytes of workspace
 
   GLANCE_HOST_DEVICE int64_t ratio_groups() const { return mask_channels == 1 ? 1 : groups; }
   GLANCE_HOST_DEVICE int64_t window_size() const {

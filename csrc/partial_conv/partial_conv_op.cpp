@@ -141,8 +141,8 @@ std::tuple<at::Tensor, at::Tensor> partial_conv2d(const at::Tensor& input, const
                                                   at::IntArrayRef dilation, int64_t groups,
                                                   double negative_slope) {
   const DeviceGuard guard(input);
-  PartialConvCall call = checked_call(input, mask, weight, bias, stride, padding, dilation, groups,
-                                      negative_slope);
+  PartialConvCall call =
+      checked_call(input, mask, weight, bias, stride, padding, dilation, groups, negative_slope);
   auto [output, valid] = takes_fused(call) ? forward_fused(call) : forward_library(call);
   return {output, next_mask(call.params, valid, mask.scalar_type())};
 }

@@ -96,8 +96,8 @@ std::tuple<at::Tensor, at::Tensor> forward_fused(PartialConvCall& call) {
   PartialConvBackwardParams& p = call.params;
   at::Tensor output = at::empty({p.batch, p.out_channels, p.out_height, p.out_width},
                                 call.input.options(), memory_format(call.input));
-  at::Tensor valid = at::empty({p.mask_batch, p.ratio_groups(), p.out_height, p.out_width},
-                               call.mask.options());
+  at::Tensor valid =
+      at::empty({p.mask_batch, p.ratio_groups(), p.out_height, p.out_width}, call.mask.options());
   p.input = call.input.const_data_ptr();
   p.output = output.mutable_data_ptr();
   p.valid = static_cast<uint8_t*>(valid.mutable_data_ptr());
@@ -190,8 +190,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_library(PartialConvCall&
     const at::Tensor of_ratio = all.mask_batch == 1 ? ratio : ratio.narrow(0, first, count);
     at::Tensor grad = grad_output.narrow(0, first, count);
     if (part.result.defined()) {
-      const at::Tensor below = p.negative_slope == 0 ? at::zeros({}, grad.options())
-                                                     : grad.mul(p.negative_slope);
+      const at::Tensor below =
+          p.negative_slope == 0 ? at::zeros({}, grad.options()) : grad.mul(p.negative_slope);
       grad = at::where(part.result.gt(0), grad, below).contiguous(memory_format(call.input));
     }
     if (wanted[2]) {

@@ -22,22 +22,23 @@ struct Tap {
 struct Phase {
   int64_t y, x;  // first pixel in the target
   std::vector<Tap> taps;
-  std::vector<int64_t> runs;  // of the micro-kernel, in elements of a tile
+  std::vector<int64_t> runs;      // of the micro-kernel, in elements of a tile
   std::vector<int64_t> run_rows;  // offset of each in the source, in rows, ascending
   int64_t run_length = 0;
   int64_t packed = 0;  // first element of its panel within the panels of a group's columns
 };
 
-// T is stored, C is multiplied, A is added.
-template <typename T, typename C, typename A>
+// T is stored, C is multiplied, A is added, O is what the micro-kernel writes.
+template <typename T, typename C, typename A, typename O>
 struct SweepPlan {
   using Stored = T;
   using Factor = C;
   using Sum = A;
+  using Result = O;
   static constexpr int64_t kTileBytes = 256 * 1024;  // of source tiles in flight: of a small L2
   static constexpr int64_t kTileCells = 1024;        // whose sums are held beside them
 
-  MicroKernel<C, A> kernel;
+  MicroKernel<C, A, O> kernel;
   bool backward;
   int64_t source_channels, target_channels;  // of one group
   int64_t pitch;                             // source channels, padded to the kernel's depth
@@ -51,7 +52,7 @@ struct SweepPlan {
   int64_t weight_column, weight_source, weight_group;  // steps in the weight
   std::vector<Phase> phases;
 
-  SweepPlan(const PartialConvBackwardParams& p, Sweep sweep, MicroKernel<C, A> micro)
+  SweepPlan(const PartialConvBackwardParams& p, Sweep sweep, MicroKernel<C, A, O> micro)
       : kernel(micro), backward(sweep == Sweep::kGradInput) {
     const int64_t in = p.in_channels / p.groups, out = p.out_channels / p.groups;
     source_channels = backward ? out : in;
@@ -159,18 +160,17 @@ struct SweepPlan {
 template <typename Body>
 void with_sweep_plan(const PartialConvBackwardParams& p, Sweep sweep, Body&& body) {
   const InstructionSet set = best_instruction_set();
-  const int64_t columns =
-      (sweep == Sweep::kForward ? p.out_channels : p.in_channels) / p.groups;
+  const int64_t columns = (sweep == Sweep::kForward ? p.out_channels : p.in_channels) / p.groups;
   const auto single = float_kernel(set, columns);
   switch (p.dtype) {
     case ScalarType::kFloat32:
-      return body(SweepPlan<float, float, float>(p, sweep, single));
+      return body(SweepPlan<float, float, float, float>(p, sweep, single));
     case ScalarType::kFloat16:
-      return body(SweepPlan<Half, float, float>(p, sweep, single));
+      return body(SweepPlan<Half, float, float, float>(p, sweep, single));
     case ScalarType::kBFloat16: {
       const auto native = bfloat16_kernel(set, columns);
-      if (native.run) return body(SweepPlan<BFloat16, BFloat16, float>(p, sweep, native));
-      return body(SweepPlan<BFloat16, float, float>(p, sweep, single));
+      if (native.run) return body(SweepPlan<BFloat16, BFloat16, float, BFloat16>(p, sweep, native));
+      return body(SweepPlan<BFloat16, float, float, float>(p, sweep, single));
     }
     case ScalarType::kFloat64:
       return;

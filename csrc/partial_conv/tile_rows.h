@@ -17,7 +17,7 @@ inline To convert(From value) {
   if constexpr (std::is_same_v<To, From>) {
     return value;
   } else {
-    return widen(value);
+    return narrow<To>(widen(value));
   }
 }
 
@@ -46,8 +46,8 @@ template <typename T, typename C>
 void copy_pixels(const FeatureMap<T>& map, const PixelRow& row, int64_t pitch, C* to) {
   const int64_t plane = map.height * map.width;
   if (map.channels_last) {
-    const T* from = map.data + (row.image * plane + row.y * map.width + row.x) * map.channels +
-                    row.first;
+    const T* from =
+        map.data + (row.image * plane + row.y * map.width + row.x) * map.channels + row.first;
     if (std::is_same_v<T, C> && row.channels == map.channels && row.channels == pitch) {
       std::memcpy(to, from, row.count * pitch * sizeof(T));
       return;
@@ -58,8 +58,8 @@ void copy_pixels(const FeatureMap<T>& map, const PixelRow& row, int64_t pitch, C
       }
     }
   } else {
-    const T* from = map.data + (row.image * map.channels + row.first) * plane + row.y * map.width +
-                    row.x;
+    const T* from =
+        map.data + (row.image * map.channels + row.first) * plane + row.y * map.width + row.x;
     if constexpr (std::is_same_v<T, C>) {
       if (row.channels == 3 && pitch == 3) return interleave<3>(from, plane, row.count, to);
       if (row.channels == 1 && pitch == 1) {

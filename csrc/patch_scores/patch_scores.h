@@ -1,4 +1,5 @@
 // Aggregation of overlapping patches' scores into a map: the contract of this folder's kernels.
+// Those here take any list of patches; patch_grid.h has faster ones for grids.
 //
 // Patch p covers the pixels [r_p, r_p + ph) x [c_p, c_p + pw). A pixel (y, x) of the map is
 //

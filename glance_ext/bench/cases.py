@@ -40,12 +40,14 @@ class Variant:
     Attributes:
         run: Does the work once and returns its results by name.
         expected: Computes those results in float64.
-        items: The batch items that ``expected`` has, of the results that have a batch; None = all.
+        part: Takes from a result what ``expected`` has of it; None = all.
+        elsewhere: Whether it runs in another process, whose memory cannot be seen from here.
     """
 
     run: Callable[[], Outputs]
     expected: Callable[[], Outputs]
-    items: tuple[int, ...] | None = None
+    part: Callable[[Tensor], Tensor] | None = None
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,10 @@ class Case:
         variants: By name.
         terms: How many products the longest of the sums adds up.
         yardstick: The variant of plain torch whose own error widens the tolerance, if there is one.
+        same_everywhere: Whether all variants must also agree with the yardstick where ``expected``
+            has no value.
+        seconds: Time for the timed calls of each variant.
+        min_repeats: Timed calls of a variant that takes less than that, at the least.
     """
 
     name: str
@@ -67,14 +73,32 @@ class Case:
     variants: Mapping[str, Variant] = field(default_factory=dict)
     terms: int = 1
     yardstick: str | None = None
+    same_everywhere: bool = False
+    seconds: float = 0.5
+    min_repeats: int = 7
 
 
-def check(case: Case, dtype: torch.dtype, *, tf32: bool = False) -> dict[str, float]:
+@dataclass(frozen=True)
+class Error:
+    """How far a variant is from float64, over all its results.
+
+    Attributes:
+        absolute: The largest difference.
+        relative: The largest difference in a result by that result's largest value.
+    """
+
+    absolute: float
+    relative: float
+
+
+def check(case: Case, dtype: torch.dtype, *, tf32: bool = False) -> dict[str, Error]:
     """Runs every variant once and compares it with float64.
 
     The tolerance of a result, relative to its largest value, is 8 units in the last place, plus 4
     sqrt(terms) units of float32 for the order of its sums, plus twice plain torch's own error in
-    the same result (the case's yardstick, same dtype and device).
+    the same result (the case's yardstick, same dtype and device). Where only a part is known in
+    float64, a case can ask that its variants agree with the yardstick everywhere, to the sum of
+    both tolerances.
 
     Args:
         case: What to check.
@@ -82,7 +106,7 @@ def check(case: Case, dtype: torch.dtype, *, tf32: bool = False) -> dict[str, fl
         tf32: Whether float32 products may be rounded to TF32.
 
     Returns:
-        Each variant's largest absolute error over all its results.
+        Each variant's errors.
 
     Raises:
         WrongResultError: A variant is beyond tolerance, or not finite.
@@ -90,44 +114,65 @@ def check(case: Case, dtype: torch.dtype, *, tf32: bool = False) -> dict[str, fl
     accumulator = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     floor = _FLOOR_EPS * (_TF32_EPS if tf32 else torch.finfo(dtype).eps)
     floor += _ORDER_EPS * math.sqrt(case.terms) * accumulator
-    errors = {name: _errors(case.name, name, variant) for name, variant in case.variants.items()}
+    found = {name: _compare(case.name, name, variant) for name, variant in case.variants.items()}
     ceiling = _TF32_CEILING if tf32 else _CEILING[dtype]
-    own = {
-        result: min(error / scale, ceiling)
-        for result, (error, scale) in errors.get(case.yardstick or "", {}).items()
-    }
-    for name, of_results in errors.items():
-        for result, (error, scale) in of_results.items():
-            tolerance = (2 * own.get(result, 0.0) + floor) * scale
-            if not error <= tolerance:
+    yardstick = found.get(case.yardstick or "", {})
+    own = {result: min(of.error / of.scale, ceiling) for result, of in yardstick.items()}
+    for name, of_results in found.items():
+        for result, of in of_results.items():
+            tolerance = (2 * own.get(result, 0.0) + floor) * of.scale
+            if not of.error <= tolerance:
                 raise WrongResultError(
                     f"{case.name}: expected variant {name} to be within {tolerance:.3g} of float64 "
-                    f"in {result}, got an error of {error:.3g}"
+                    f"in {result}, got an error of {of.error:.3g}"
                 )
+            if case.same_everywhere and result in yardstick:
+                apart = _difference(of.whole, yardstick[result].whole)
+                if not apart <= 2 * tolerance:
+                    raise WrongResultError(
+                        f"{case.name}: expected variant {name} to be within {2 * tolerance:.3g} of "
+                        f"variant {case.yardstick} everywhere in {result}, got {apart:.3g}"
+                    )
     return {
-        name: max(error for error, _ in of_results.values()) for name, of_results in errors.items()
+        name: Error(
+            max(of.error for of in of_results.values()),
+            max(of.error / of.scale for of in of_results.values()),
+        )
+        for name, of_results in found.items()
     }
 
 
-def _errors(case: str, name: str, variant: Variant) -> dict[str, tuple[float, float]]:
-    """Largest error and largest expected value of each result."""
+@dataclass(frozen=True)
+class _Compared:
+    """One result: its largest error, the largest expected value, and all of it."""
+
+    error: float
+    scale: float
+    whole: Tensor
+
+
+def _compare(case: str, name: str, variant: Variant) -> dict[str, _Compared]:
     expected = variant.expected()
     found = variant.run()
     if found.keys() != expected.keys():
         raise WrongResultError(
             f"{case}: expected variant {name} to give {sorted(expected)}, got {sorted(found)}"
         )
-    errors = {}
+    compared = {}
     for result, wanted in expected.items():
-        got = found[result].detach()
-        if variant.items is not None:
-            got = got[list(variant.items)]
+        whole = found[result].detach()
+        got = whole if variant.part is None else variant.part(whole)
         if got.shape != wanted.shape:
             raise WrongResultError(
                 f"{case}: expected variant {name} to give {result} of shape "
                 f"{list(wanted.shape)}, got {list(got.shape)}"
             )
-        difference = float((got.double() - wanted).abs().max())
-        error = difference if difference == difference else float("inf")
-        errors[result] = (error, max(float(wanted.abs().max()), 1e-30))
-    return errors
+        scale = max(float(wanted.abs().max()), 1e-30)
+        compared[result] = _Compared(_difference(got, wanted), scale, whole)
+    return compared
+
+
+def _difference(a: Tensor, b: Tensor) -> float:
+    """The largest absolute difference; infinite where one is not a number."""
+    difference = float((a.double() - b).abs().max())
+    return difference if difference == difference else float("inf")

@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
-from glance_ext.bench.timing import Call, Timing, last_level_cache
+from glance_ext.bench.timing import Budget, Call, Timing, last_level_cache, measure_interleaved
 
 _MIB = 2**20
+_PROBE_BUDGET = Budget(seconds=0.1, min_repeats=5, max_repeats=10, flush=False)
 
 
 @dataclass(frozen=True)
@@ -38,25 +40,48 @@ class Probe:
 
     call: Call
     work: Work
+    name: str = ""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Flops a second of a large matrix product, bytes (read + written) a second of a large copy."""
+    """Flops a second of the fastest product, bytes (read + written) a second of a large copy."""
 
     flops: float
     bytes: float
 
 
 def matrix_probe(device: torch.device, dtype: torch.dtype, *, quick: bool = False) -> Probe:
-    """A large square matrix product in ``dtype``.
+    """The fastest of several large products in ``dtype``.
 
-    For float32 on CUDA it may use TF32 exactly if torch's convolutions may, since a limit must
-    hold for what it is compared with.
+    Which of a machine's libraries is fastest depends on the machine: MKL's float32 product reaches
+    half of oneDNN's convolution on an AMD processor. So a square matrix product and convolutions
+    1x1 and 3x3 in channels_last are tried, and the limit follows from the best.
+
+    For float32 on CUDA the product may use TF32 exactly if torch's convolutions may, since a limit
+    must hold for what it is compared with.
     """
-    side = 8192 if device.type == "cuda" else 1024
+    probes = _products(device, dtype, quick)
+    taken = measure_interleaved(
+        {probe.name: probe.call for probe in probes}, device, _PROBE_BUDGET, memory=False
+    )
+    return max(probes, key=lambda probe: probe.work.flops / taken[probe.name].median_ms)
+
+
+def _products(device: torch.device, dtype: torch.dtype, quick: bool) -> list[Probe]:
+    """A matrix product and two convolutions, large enough for their rate to be the machine's."""
+    cuda = device.type == "cuda"
+    # side of the matrices; images, side and channels of the convolutions
+    side, images, pixels, channels = (8192, 32, 64, 512) if cuda else (1024, 2, 64, 256)
     if quick:
-        side = 256
+        side, images, pixels, channels = 256, 1, 16, 64
+    probes = [_matrix_product(side, device, dtype)]
+    for kernel, scale in ((1, 2), (3, 1)):  # 1x1 with twice the channels, to be as large
+        probes.append(_convolution(images, pixels, scale * channels, kernel, device, dtype))
+    return probes
+
+
+def _matrix_product(side: int, device: torch.device, dtype: torch.dtype) -> Probe:
     a = torch.randn(side, side, device=device).to(dtype)
     b = torch.randn(side, side, device=device).to(dtype)
     out = torch.empty_like(a)
@@ -71,7 +96,28 @@ def matrix_probe(device: torch.device, dtype: torch.dtype, *, quick: bool = Fals
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
 
-    return Probe(product, Work(2.0 * side**3, 3.0 * side**2 * a.element_size()))
+    work = Work(2.0 * side**3, 3.0 * side**2 * a.element_size())
+    return Probe(product, work, f"matrix product {side}x{side}x{side}")
+
+
+def _convolution(
+    images: int, pixels: int, channels: int, kernel: int, device: torch.device, dtype: torch.dtype
+) -> Probe:
+    def draw(*size: int) -> torch.Tensor:
+        values = torch.randn(size, device=device)
+        return values.to(dtype=dtype, memory_format=torch.channels_last)
+
+    x = draw(images, channels, pixels, pixels)
+    weight = draw(channels, channels, kernel, kernel)
+    outputs = float(images * channels * (pixels - kernel + 1) ** 2)
+    work = Work(
+        2.0 * outputs * channels * kernel**2, (x.numel() + weight.numel() + outputs) * x.itemsize
+    )
+    return Probe(
+        lambda: F.conv2d(x, weight),
+        work,
+        f"convolution {kernel}x{kernel}, {channels} channels, {images} of {pixels}x{pixels}",
+    )
 
 
 def copy_probe(device: torch.device, *, quick: bool = False) -> Probe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
+from operator import itemgetter
 
 import torch
 import torch.nn.functional as F
@@ -116,7 +117,7 @@ class _Inputs:
         grad = torch.randn(shape.maps, shape.side, shape.side, generator=generator)
         self.grad_map = grad.to(device, dtype)
         # Checked against float64 in the first and the last map.
-        self.items = tuple(sorted({0, shape.maps - 1}))
+        self.items = sorted({0, shape.maps - 1})
 
     def case(self, *, backward: bool) -> Case:
         shape = self.shape
@@ -129,7 +130,7 @@ class _Inputs:
             runs["fold"] = self._fold
         expected = partial(self._expected, backward)
         variants = {
-            name: Variant(partial(self._run, run, backward), expected, self.items)
+            name: Variant(partial(self._run, run, backward), expected, itemgetter(self.items))
             for name, run in runs.items()
         }
         if not backward:
@@ -197,7 +198,7 @@ class _Inputs:
 
     @cached_property
     def _in_float64(self) -> tuple[Tensor, Tensor]:
-        chosen = list(self.items)
+        chosen = self.items
         scores = self.scores[chosen].detach().double().requires_grad_()
         output = self._reference(scores)
         (grad,) = torch.autograd.grad(output, scores, self.grad_map[chosen].double())

@@ -21,6 +21,8 @@ RESULT_KEYS = (
     "peak_mib",
     "max_error",
 )
+# Behind these where there were enough calls for it.
+LATENCY_KEY = "p95_ms"
 METADATA_KEYS = (
     "suite",
     "device",
@@ -45,10 +47,20 @@ METADATA_KEYS = (
 )
 DTYPES = ("float32", "bfloat16", "float16")
 
-_ORDER = ("reference", "fold", "nvidia", "ours", "conv2d", "copy", "limit")
+_ORDER = (
+    "reference",
+    "patches",
+    "fold",
+    "nvidia",
+    "ours",
+    "conv2d",
+    "copy",
+    "limit",
+)
 # (heading, slower or larger variant, what it is divided by): ratios of medians.
 _RATIOS = (
     ("reference/ours", "reference", "ours"),
+    ("patches/ours", "patches", "ours"),
     ("fold/ours", "fold", "ours"),
     ("nvidia/ours", "nvidia", "ours"),
     ("ours/conv2d", "ours", "conv2d"),
@@ -112,7 +124,8 @@ def validate_results(results: Any, file_name: str | None = None) -> None:
 def _validate_row(index: int, row: Any, metadata: Mapping[str, Any]) -> None:
     where = f"result {index}"
     _expect(isinstance(row, dict), f"{where} to be an object", row)
-    _expect(tuple(row) == RESULT_KEYS, f"{where} to have {', '.join(RESULT_KEYS)}", list(row))
+    keys = tuple(key for key in row if key != LATENCY_KEY)
+    _expect(keys == RESULT_KEYS, f"{where} to have {', '.join(RESULT_KEYS)}", list(row))
     for key in ("suite", "device", "dtype"):
         expected = metadata[key]
         _expect(row[key] == expected, f"{where} to have the metadata's {key} {expected}", row[key])
@@ -125,10 +138,18 @@ def _validate_row(index: int, row: Any, metadata: Mapping[str, Any]) -> None:
     median, iqr = row["median_ms"], row["iqr_ms"]
     _expect(_is_number(median) and median > 0, f"{where} to have a positive median_ms", median)
     _expect(_is_number(iqr) and iqr >= 0, f"{where} to have an iqr_ms of 0 or more", iqr)
+    if LATENCY_KEY in row:
+        p95 = row[LATENCY_KEY]
+        _expect(
+            _is_number(p95) and p95 >= median,
+            f"{where} to have a {LATENCY_KEY} of at least its median_ms",
+            p95,
+        )
     for key in ("peak_mib", "max_error"):
         value = row[key]
-        if row["variant"] == "limit":
-            _expect(value is None, f"{where}, a limit, to have no {key}", value)
+        unseen = key == "peak_mib" and "/alone/" in row["case"]
+        if row["variant"] == "limit" or unseen:
+            _expect(value is None, f"{where}, {row['variant']}, to have no {key}", value)
         else:
             _expect(_is_number(value) and value >= 0, f"{where} to have a {key}", value)
 

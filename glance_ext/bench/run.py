@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from glance_ext import _library
 from glance_ext.bench.cases import Case, check
 from glance_ext.bench.limits import Probe, copy_probe, limit_timing, matrix_probe, rates
 from glance_ext.bench.machine import describe, uses_tf32
-from glance_ext.bench.results import DTYPES, format_results, validate_results
+from glance_ext.bench.results import DTYPES, LATENCY_KEY, format_results, validate_results
 from glance_ext.bench.suites import SUITES
 from glance_ext.bench.timing import QUICK, Budget, Timing, measure_interleaved
 from glance_ext.errors import GlanceError
@@ -21,15 +22,17 @@ __all__ = ["SUITES", "format_results", "run_suite"]
 
 METHOD = (
     "Every variant is compared with float64 before it is timed (aggregation in the first and the "
-    "last map). Median and inter-quartile range of "
-    "warm calls, the variants of a case and the two probes of the machine taking turns. In front "
-    "of each call a buffer larger than the last-level cache is overwritten. CUDA: events on the "
-    "current stream, the flush in front hiding the host's launches as far as it lasts; CPU: "
+    "last map; detection in the pixels and patches that shapes name, and everywhere with its "
+    "reference). Median and inter-quartile range of warm calls, the variants of a case and the two "
+    "probes of the machine taking turns; p95_ms is the 95th percentile, of 20 calls or more. In "
+    "front of each call a buffer larger than the last-level cache is overwritten. CUDA: events on "
+    "the current stream, the flush in front hiding the host's launches as far as it lasts; CPU: "
     "time.perf_counter. Memory: the most that one call held beyond what was there before, results "
     "included, from torch's allocators. limit = max(flops / matrix rate, bytes / copy rate) on the "
-    "least work, rates from a large matrix product and a large copy (read + written) in the same "
-    "turns. max_error: largest absolute error against float64; conv2d and copy, which do other "
-    "work, against their own."
+    "least work, rates from the fastest of some large products (rates.matrix_by) and a large copy "
+    "(read + written) in the same turns. max_error: largest absolute error against float64; conv2d "
+    "and copy, which do other work, against their own. relative_errors: largest error of a result "
+    "by its largest value."
 )
 QUICK_METHOD = " A quick run: small shapes, three calls, caches not emptied; no result to quote."
 
@@ -71,21 +74,22 @@ def run_suite(
     torch_dtype: torch.dtype = getattr(torch, dtype)
     matrix = matrix_probe(on, torch_dtype, quick=quick)
     copy = copy_probe(on, quick=quick)
-    budget = QUICK if quick else Budget()
     rows: list[dict[str, Any]] = []
     repeats: dict[str, dict[str, int]] = {}
+    relative: dict[str, dict[str, float]] = {}
     shapes: dict[str, Any] = {}
     probed: list[tuple[float, float]] = []
     for case in SUITES[name](torch_dtype, on, seed, quick):
         if progress is not None:
             progress(case.name)
         errors = check(case, torch_dtype, tf32=dtype == "float32" and uses_tf32(on))
-        timings, probe_ms = _measure(case, on, matrix, copy, budget)
+        timings, probe_ms = _measure(case, on, matrix, copy, quick)
         probed.append(probe_ms)
         shapes[case.name] = dict(case.shapes) | {
             "least_gflop": case.work.flops / 1e9,
             "least_mib": case.work.bytes / 2**20,
         }
+        relative[case.name] = {variant: error.relative for variant, error in errors.items()}
         repeats[case.name] = {variant: timing.repeats for variant, timing in timings.items()}
         rows += [
             {
@@ -97,8 +101,9 @@ def run_suite(
                 "median_ms": timing.median_ms,
                 "iqr_ms": timing.iqr_ms,
                 "peak_mib": timing.peak_mib,
-                "max_error": errors.get(variant),
+                "max_error": errors[variant].absolute if variant in errors else None,
             }
+            | ({} if timing.p95_ms is None else {LATENCY_KEY: timing.p95_ms})
             for variant, timing in timings.items()
         ]
     measured = rates(
@@ -111,10 +116,15 @@ def run_suite(
     metadata |= {
         "seed": seed,
         "quick": quick,
-        "rates": {"matrix_tflops": measured.flops / 1e12, "copy_gb_s": measured.bytes / 1e9},
+        "rates": {
+            "matrix_tflops": measured.flops / 1e12,
+            "matrix_by": matrix.name,
+            "copy_gb_s": measured.bytes / 1e9,
+        },
         "method": METHOD + (QUICK_METHOD if quick else ""),
         "shapes": shapes,
         "repeats": repeats,
+        "relative_errors": relative,
     }
     results = {"metadata": metadata, "results": rows}
     validate_results(results)
@@ -122,13 +132,17 @@ def run_suite(
 
 
 def _measure(
-    case: Case, device: torch.device, matrix: Probe, copy: Probe, budget: Budget
+    case: Case, device: torch.device, matrix: Probe, copy: Probe, quick: bool
 ) -> tuple[dict[str, Timing], tuple[float, float]]:
     """Timings of a case's variants and its limit, and the probes' milliseconds."""
+    budget = QUICK if quick else Budget(seconds=case.seconds, min_repeats=case.min_repeats)
     probes = {"matrix probe": matrix.call, "copy probe": copy.call}
     functions = {name: variant.run for name, variant in case.variants.items()}
     taken = measure_interleaved(functions | probes, device, budget)
     of_matrix, of_copy = (taken.pop(name) for name in probes)
+    for name, variant in case.variants.items():
+        if variant.elsewhere:
+            taken[name] = dataclasses.replace(taken[name], peak_mib=None)
     taken["limit"] = limit_timing(case.work, matrix, copy, (of_matrix, of_copy))
     return taken, (of_matrix.median_ms, of_copy.median_ms)
 

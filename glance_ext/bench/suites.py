@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from glance_ext.bench import detect as detection
 from glance_ext.bench import partial_conv, patch_scores
 from glance_ext.bench.cases import Case
 
@@ -19,4 +20,9 @@ def ops(dtype: torch.dtype, device: torch.device, seed: int, quick: bool) -> Ite
     yield from patch_scores.cases(dtype, device, seed, quick)
 
 
-SUITES: dict[str, Suite] = {"ops": ops}
+def detect(dtype: torch.dtype, device: torch.device, seed: int, quick: bool) -> Iterator[Case]:
+    """From images to maps."""
+    yield from detection.cases(dtype, device, seed, quick)
+
+
+SUITES: dict[str, Suite] = {"detect": detect, "ops": ops}

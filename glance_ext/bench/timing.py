@@ -27,6 +27,8 @@ _LAST_LEVEL_FALLBACK = 32 * _MIB
 _CUDA_FLUSH_MIN = 256 * _MIB
 _SLOW_REPEATS = 3
 _VERY_SLOW = 20
+# The 95th percentile of fewer calls than this says nothing.
+_PERCENTILE_CALLS = 20
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,14 @@ class Timing:
         peak_mib: Most memory that a call held beyond what was there before, in MiB, its results
             included; None if it was not measured.
         repeats: How many calls were timed.
+        p95_ms: The 95th percentile of the timed calls; None if there were less than 20.
     """
 
     median_ms: float
     iqr_ms: float
     peak_mib: float | None
     repeats: int
+    p95_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,9 @@ def measure_interleaved(
             if round_index < wanted[name]:
                 times[name].append(_time_call(functions[name], device, flush))
     return {
-        name: Timing(statistics.median(taken), spread(taken), peaks[name], len(taken))
+        name: Timing(
+            statistics.median(taken), spread(taken), peaks[name], len(taken), percentile_95(taken)
+        )
         for name, taken in times.items()
     }
 
@@ -140,6 +146,13 @@ def spread(values: list[float]) -> float:
         return 0.0
     first, _, third = statistics.quantiles(values, n=4, method="inclusive")
     return third - first
+
+
+def percentile_95(values: list[float]) -> float | None:
+    """The 95th percentile; None of fewer than 20 values."""
+    if len(values) < _PERCENTILE_CALLS:
+        return None
+    return statistics.quantiles(values, n=20, method="inclusive")[-1]
 
 
 def peak_mib(fn: Call, device: torch.device) -> float:

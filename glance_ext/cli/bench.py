@@ -33,7 +33,10 @@ def command(
     device: torch.device,
     json_file: Path | None,
 ) -> None:
-    """Measure SUITE (ops) against reference, limit and peers.
+    """Measure SUITE (ops or detect) against reference, limit and peers.
+
+    ops: masked convolution and score aggregation alone. detect: from images to maps, whole and by
+    stage, and how its time grows with grid, batch and image size; about four minutes on two cores.
 
     Correctness comes first: a variant that gives a wrong answer is not timed, it ends the run.
     benchmarks/README.md states how everything is measured.

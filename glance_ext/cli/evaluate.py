@@ -18,7 +18,7 @@ from glance_ext.cli.common import (
     say_error,
     seed_option,
 )
-from glance_ext.cli.detect import detector_options, load_detector
+from glance_ext.cli.detect import detector_options, how, load_detector
 
 if TYPE_CHECKING:
     import torch
@@ -40,12 +40,10 @@ def command(
     dataset: Path,
     output: Path | None,
     paper: bool,
-    grid: str | None,
-    false_positive_rate: float,
-    threshold: float | None,
     seed: int,
     device: torch.device,
     json_file: Path | None,
+    **options: Any,
 ) -> int:
     """Measure a model on a labelled data set.
 
@@ -62,7 +60,7 @@ def command(
 
     name = Path(os.path.abspath(dataset)).name
     published = paper_row(name) if paper else None
-    detector = load_detector(model, device, grid, false_positive_rate, threshold)
+    detector = load_detector(model, device, **options)
     samples, problems = test_samples(dataset)
     with Failures() as failures:
         for problem in problems:
@@ -77,7 +75,7 @@ def command(
                 **metadata(),
                 "model": str(model),
                 "dataset": name,
-                "grid": detector.grid.name,
+                **how(detector),
                 "images": len(results),
                 "failed": [str(error) for error in failures.errors],
                 "settings": detector.settings,

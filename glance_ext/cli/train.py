@@ -37,6 +37,23 @@ if TYPE_CHECKING:
 @click.option("--steps", type=click.IntRange(1), help="Steps of joint training.")
 @click.option("--batch-size", type=click.IntRange(1), help="Patches a step of joint training.")
 @click.option(
+    "--holes-per-image",
+    type=click.IntRange(1),
+    help="The most patches of a step that come from one image; they share a pass through "
+    "Global-Net, so more are faster, and fewer more varied. The paper's is 1.",
+)
+@click.option(
+    "--positions",
+    help="Where training patches lie: 'uniform' for anywhere, as in the paper, or a stride in "
+    "pixels for a grid, whose Local-Net features are computed once and kept where that is cheaper.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["float32", "bfloat16"]),
+    help="What both networks compute in during joint training; weights, losses and the optimizer "
+    "stay in float32. bfloat16 is for processors and GPUs that have it.",
+)
+@click.option(
     "--fine-tune-steps",
     type=click.IntRange(0),
     help="Steps of fine-tuning Local-Net on these images; above 0 needs the teacher.",
@@ -56,6 +73,13 @@ if TYPE_CHECKING:
     help="How overlapping patches become a map.",
 )
 @click.option("--grid", help="Which patches are scored: a stride in pixels, or 'paper' (20x20).")
+@click.option(
+    "--tile",
+    is_flag=True,
+    default=None,
+    help="Learn at the images' own resolution, in windows of 256x256, instead of resizing; detect "
+    "then works in such windows too.",
+)
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @seed_option
 @device_option
@@ -79,8 +103,12 @@ def command(
     images with --normal. About one image in five is kept from training to set the threshold.
 
     Ctrl-C saves where training is; run the same command with --resume to go on.
+
+    Several processes share each step, one GPU or some CPU cores each, if torchrun starts them:
+    torchrun --nproc-per-node 2 -m glance_ext.cli train ...
     """
     from glance_ext.data.datasets import normal_images
+    from glance_ext.engine.distributed import joined
     from glance_ext.engine.settings import preset as settings_of
     from glance_ext.engine.train import train
     from glance_ext.files import write_json
@@ -92,17 +120,20 @@ def command(
         raise click.UsageError(f"--local-net: expected a file, got {local_net}")
     settings = settings_of(preset, seed=seed, **changes)
     paths = normal_images(dataset, normal)
-    with Failures() as failures:
+    with Failures() as failures, joined(device) as (world, place):
         result = train(
             paths,
             settings,
             output=output,
             local_net=local_net,
             teacher_weights=teacher_weights,
-            device=device,
+            device=place,
             resume=resume,
-            on_error=failures,
+            on_error=failures if world.is_first else failures.errors.append,
+            world=world,
         )
+        if not world.is_first:  # which speaks and writes for all
+            return failures.exit_code()
         threshold = result.detector.threshold
         if result.detector.calibration.optimistic:
             say_error(

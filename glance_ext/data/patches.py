@@ -93,11 +93,26 @@ def crop_patches(images: Tensor, origins: Tensor, patch_size: int) -> Tensor:
     Returns:
         ``(B, C, patch_size, patch_size)``.
     """
+    owners = torch.arange(images.shape[0], device=images.device)
+    return crop_from(images, owners, origins, patch_size)
+
+
+def crop_from(images: Tensor, owners: Tensor, origins: Tensor, patch_size: int) -> Tensor:
+    """Cuts patches out of some images, any number out of each.
+
+    Args:
+        images: ``(N, C, H, W)``.
+        owners: ``(B,)`` int64, the image of each patch.
+        origins: ``(B, 2)`` int64, row and column of each patch's first pixel.
+        patch_size: Side in pixels.
+
+    Returns:
+        ``(B, C, patch_size, patch_size)``.
+    """
     offsets = torch.arange(patch_size, device=images.device)
     rows = (origins[:, 0, None] + offsets)[:, :, None]
     columns = (origins[:, 1, None] + offsets)[:, None, :]
-    batch = torch.arange(images.shape[0], device=images.device)[:, None, None]
-    return images[batch, :, rows, columns].permute(0, 3, 1, 2)
+    return images[owners[:, None, None], :, rows, columns].permute(0, 3, 1, 2)
 
 
 def sample_scaled_patches(

@@ -35,6 +35,7 @@ class Calibration:
         pixel_range: Of their maps' medians and 99th percentiles the median each, for the colours of
             heatmaps; one odd image among them does not move these.
         optimistic: Whether the held-out images were trained on too, for want of others.
+        tile: Whether they were scored in windows at their own resolution, or else at 256x256.
     """
 
     lambda_s: float
@@ -46,6 +47,7 @@ class Calibration:
     held_out_scores: tuple[float, ...]
     pixel_range: tuple[float, float]
     optimistic: bool
+    tile: bool = False
 
     def mix(self, scores: HeadScores) -> Tensor:
         """``s = lambda_s s_IAD + (1 - lambda_s) s_DAD`` (paper, equation 8).

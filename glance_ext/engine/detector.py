@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from torch import Tensor
 
 from glance_ext.data.grid import PatchGrid, patch_grid
 from glance_ext.data.images import load_image, resize, resize_planes
-from glance_ext.engine.calibration import Calibration, head_scale
+from glance_ext.engine.calibration import Calibration, HeadScale, head_scale
 from glance_ext.engine.checkpoint import load_checkpoint, load_module, prefixed, save_checkpoint
+from glance_ext.engine.graph import GraphedFunction
+from glance_ext.engine.precision import network_dtype, networks_in, rounding
+from glance_ext.engine.tiles import Canvas, in_batches, tiled_size, windows_of
 from glance_ext.errors import CheckpointError, GlanceError
-from glance_ext.models.glance import IMAGE_SIZE, PATCH_SIZE, Glance
+from glance_ext.models.glance import IMAGE_SIZE, PATCH_SIZE, Glance, HeadScores
 from glance_ext.models.local_net import LocalNet
 from glance_ext.ops import aggregate_patch_scores
 
@@ -26,13 +29,17 @@ MODEL_KIND = "model"
 MODEL_FILE = "model.safetensors"
 FALSE_POSITIVE_RATE = 0.05
 
+# Images that are scored together. One keeps the cores of a CPU busy, and more only take memory.
+_BATCH_SIZE = {"cpu": 1, "cuda": 16}
+
 
 @dataclass(frozen=True)
 class Detection:
     """What was found in one image.
 
     Attributes:
-        score: The image's score: the greatest value of its map at the network's resolution.
+        score: The image's score: the greatest value of its map at the network's resolution, or of
+            an image in tiles at the image's own.
         map: ``(H, W)`` float32 raw scores at the image's own height and width.
         threshold: The threshold in force.
     """
@@ -56,6 +63,12 @@ class Detector:
         settings: The settings of training, for the record.
         device: Where to compute.
         grid: A stride or ``"paper"``; None for the one that was calibrated.
+        tile: Whether images are cut into overlapping windows at their own resolution instead of
+            being resized to 256x256; None for as it was calibrated.
+        precision: What the networks compute in: ``"float32"``, ``"bfloat16"``, ``"float64"``, or on
+            a GPU ``"tf32"``. Heads, scores and maps are in float32 or wider.
+        batch_size: Images, or windows of them, that are scored together; None for 1 on a CPU and
+            16 on a GPU, which replays the scoring of so many as one CUDA graph.
         false_positive_rate: The share of normal images that the threshold may flag.
         threshold: Overrides the calibrated one.
     """
@@ -68,6 +81,9 @@ class Detector:
         *,
         device: torch.device | str = "cpu",
         grid: str | None = None,
+        tile: bool | None = None,
+        precision: str = "float32",
+        batch_size: int | None = None,
         false_positive_rate: float = FALSE_POSITIVE_RATE,
         threshold: float | None = None,
     ) -> None:
@@ -78,7 +94,13 @@ class Detector:
                 "false_positive_rate: expected a share of at least 0 and below 1, got "
                 f"{false_positive_rate}"
             )
+        if batch_size is not None and batch_size < 1:
+            raise GlanceError(f"batch_size: expected at least 1, got {batch_size}")
         self.device = torch.device(device)
+        self._dtype = network_dtype(precision, self.device)
+        self.precision = precision
+        self.batch_size = batch_size or _BATCH_SIZE.get(self.device.type, 1)
+        self.tile = calibration.tile if tile is None else tile
         self.model = model.to(self.device).eval()
         self.calibration = calibration
         self.settings = settings or {}
@@ -86,8 +108,9 @@ class Detector:
             self.grid: PatchGrid = patch_grid(calibration.grid if grid is None else grid)
         except ValueError as error:
             raise GlanceError(str(error)) from error
-        self._calibrated_threshold = calibration.threshold(false_positive_rate)
-        self.threshold = self._calibrated_threshold if threshold is None else threshold
+        calibrated = calibration.threshold(false_positive_rate)
+        self.threshold = calibrated if threshold is None else threshold
+        self._score: Callable[[Tensor], HeadScores] | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **options: Any) -> Detector:
@@ -136,22 +159,54 @@ class Detector:
         """
         if not isinstance(image, np.ndarray):
             image = load_image(image)
-        if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ValueError(f"detect: expected an image of shape (H, W, 3), got {image.shape}")
-        low, high = image.min(), image.max()
-        if image.dtype.kind != "f" or not (low >= 0 and high <= 1):  # also if either is NaN
-            raise ValueError(
-                "detect: expected floating-point pixel values from 0 to 1, got "
-                f"{image.dtype} from {low} to {high}"
-            )
+        return self.detect_batch([image])[0]
+
+    def detect_batch(self, images: Sequence[np.ndarray]) -> list[Detection]:
+        """Scores some images together.
+
+        Args:
+            images: Each ``(H, W, 3)`` float32 RGB in [0, 1]; of any sizes.
+
+        Returns:
+            One detection for each image, as it alone would have but for rounding.
+
+        Raises:
+            ValueError: An array has another form.
+            MemoryError: The images, or their maps, do not fit in memory.
+        """
+        for image in images:
+            _check_image(image)
         try:
-            anomaly_map = self.score_maps(resize(image, IMAGE_SIZE)[None])[0]
-            full = resize_map(anomaly_map, (image.shape[0], image.shape[1]))
-        except RuntimeError as error:  # how torch says it on a CPU
-            if "can't allocate memory" in str(error):
+            maps = self.native_maps([self.prepare(image) for image in images])
+            return [
+                Detection(float(anomaly_map.max()), resize_map(anomaly_map, size), self.threshold)
+                for anomaly_map, size in zip(maps, [i.shape[:2] for i in images], strict=True)
+            ]
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
                 raise MemoryError(str(error)) from error
             raise
-        return Detection(float(anomaly_map.max()), full, self.threshold)
+
+    def prepare(self, image: np.ndarray) -> Tensor:
+        """An image ``(H, W, 3)`` at the size at which it is scored, ``(3, h, w)``."""
+        return resize(image, tiled_size(*image.shape[:2]) if self.tile else IMAGE_SIZE)
+
+    @torch.inference_mode()
+    def native_maps(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Maps of prepared images, window by window; images of 256x256 are one window.
+
+        Args:
+            images: Each ``(3, h, w)``, RGB in [0, 1], at least 256x256.
+
+        Returns:
+            For each ``(h, w)`` float32 on the CPU.
+        """
+        canvases = [Canvas(image.shape[-2:]) for image in images]
+        for some in in_batches(windows_of(canvases), self.batch_size):
+            windows = torch.stack([canvases[i].cut(images[i], window) for i, window in some])
+            for (i, window), anomaly_map in zip(some, self.score_maps(windows), strict=True):
+                canvases[i].add(window, anomaly_map)
+        return [canvas.map for canvas in canvases]
 
     @torch.inference_mode()
     def score_maps(self, images: Tensor) -> Tensor:
@@ -161,16 +216,63 @@ class Detector:
             images: ``(N, 3, 256, 256)``, RGB in [0, 1].
 
         Returns:
-            ``(N, 256, 256)`` float32 on the CPU.
+            ``(N, 256, 256)`` float32 on the CPU; float64 in that precision.
         """
-        origins = self.grid.origins
-        scores = self.model.score_patches(images.to(self.device, torch.float32), origins)
-        return self.aggregate(self.calibration.mix(scores), origins).cpu()
+        parts = [
+            self.aggregate(self.calibration.mix(self.score_patches(some))).cpu()
+            for some in images.split(self.batch_size)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def aggregate(self, scores: Tensor, origins: Tensor) -> Tensor:
-        """Patch scores ``(N, P)`` as maps ``(N, 256, 256)``."""
+    @torch.inference_mode()
+    def score_patches(self, images: Tensor) -> HeadScores:
+        """Raw scores of the grid's patches; the grid is planned at the first call and kept.
+
+        Args:
+            images: ``(N, 3, 256, 256)``, RGB in [0, 1].
+
+        Returns:
+            Scores ``(N, P)`` on the detector's device.
+        """
+        wide = torch.float64 if self._dtype == torch.float64 else torch.float32
+        with rounding(self.precision):
+            if self._score is None:
+                self._score = self._planned(wide)
+            return self._score(images.to(self.device, wide))
+
+    def _planned(self, wide: torch.dtype) -> Callable[[Tensor], HeadScores]:
+        networks = networks_in(self.model, self._dtype)
+        starts = self.grid.starts
+        plan = networks.plan(starts, starts, device=self.device, dtype=self._dtype)
+
+        def score(images: Tensor) -> HeadScores:
+            return networks.score_grid(images, plan)
+
+        if self.device.type != "cuda":
+            return score
+        return GraphedFunction(
+            score, torch.zeros((self.batch_size, 3, *IMAGE_SIZE), dtype=wide, device=self.device)
+        )
+
+    def aggregate(self, scores: Tensor) -> Tensor:
+        """Scores ``(N, P)`` of the grid's patches as maps ``(N, 256, 256)``."""
         return aggregate_patch_scores(
-            scores, PATCH_SIZE, IMAGE_SIZE, origins=origins, mode=self.calibration.aggregation
+            scores,
+            PATCH_SIZE,
+            IMAGE_SIZE,
+            origins=self.grid.origins,
+            mode=self.calibration.aggregation,
+        )
+
+
+def _check_image(image: np.ndarray) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"detect: expected an image of shape (H, W, 3), got {image.shape}")
+    low, high = image.min(), image.max()
+    if image.dtype.kind != "f" or not (low >= 0 and high <= 1):  # also if either is NaN
+        raise ValueError(
+            "detect: expected floating-point pixel values from 0 to 1, got "
+            f"{image.dtype} from {low} to {high}"
         )
 
 
@@ -182,12 +284,13 @@ def resize_map(anomaly_map: Tensor, size: tuple[int, int]) -> np.ndarray:
 @torch.inference_mode()
 def calibrate(
     model: Glance,
-    images: Sequence[Tensor],
+    images: Iterable[Tensor],
     *,
     lambda_s: float,
     standardise: bool,
     aggregation: str,
     grid: str,
+    tile: bool,
     optimistic: bool,
     device: torch.device,
 ) -> Calibration:
@@ -195,36 +298,53 @@ def calibrate(
 
     Args:
         model: The trained model.
-        images: Held-out normal images, each ``(3, 256, 256)``; may be an iterator that shows
-            progress.
+        images: Held-out normal images, each ``(3, 256, 256)``, or with ``tile`` ``(3, h, w)``; gone
+            through once, so it may be an iterator that reads them or shows progress.
         lambda_s: Share of the inconsistency score.
         standardise: Whether to standardise the heads.
         aggregation: How patches become a map.
         grid: Which patches are scored.
+        tile: Whether images have their own resolution and are scored in windows.
         optimistic: Whether these images were trained on.
         device: Where to compute.
     """
-    model = model.to(device).eval()
-    origins = patch_grid(grid).origins
-    scores = [model.score_patches(image[None].to(device).float(), origins) for image in images]
+    scale = HeadScale(0.0, 1.0)
     draft = Calibration(
         lambda_s=lambda_s,
         standardise=standardise,
         aggregation=aggregation,
         grid=patch_grid(grid).name,
-        inconsistency=head_scale([score.inconsistency for score in scores]),
-        log_odds=head_scale([score.log_odds for score in scores]),
+        inconsistency=scale,
+        log_odds=scale,
         held_out_scores=(0.0,),
         pixel_range=(0.0, 1.0),
         optimistic=optimistic,
+        tile=tile,
     )
     detector = Detector(model, draft, device=device)
-    maps = torch.cat([detector.aggregate(draft.mix(score), origins).cpu() for score in scores])
-    quantiles = np.quantile(maps.flatten(1).numpy(), (0.5, 0.99), axis=1)
-    return Calibration(
-        **{
-            **vars(draft),
-            "held_out_scores": tuple(maps.flatten(1).amax(1).double().tolist()),
-            "pixel_range": tuple(np.median(quantiles, axis=1).tolist()),
-        }
+    scored = []  # for each image its canvas and its windows' scores: scales come before maps
+    for image in images:
+        canvas = Canvas(image.shape[-2:])
+        parts = [
+            detector.score_patches(torch.stack([canvas.cut(image, window) for window in some]))
+            for some in in_batches(canvas.windows, detector.batch_size)
+        ]
+        scored.append((canvas, parts))
+    every = [part for _, parts in scored for part in parts]
+    detector.calibration = draft = replace(
+        draft,
+        inconsistency=head_scale([part.inconsistency for part in every]),
+        log_odds=head_scale([part.log_odds for part in every]),
+    )
+    peaks, quantiles = [], []
+    for canvas, parts in scored:
+        maps = torch.cat([detector.aggregate(draft.mix(part)).cpu() for part in parts])
+        for window, anomaly_map in zip(canvas.windows, maps, strict=True):
+            canvas.add(window, anomaly_map)
+        peaks.append(float(canvas.map.max()))
+        quantiles.append(np.quantile(canvas.map.numpy(), (0.5, 0.99)))
+    return replace(
+        draft,
+        held_out_scores=tuple(peaks),
+        pixel_range=tuple(np.median(quantiles, axis=0).tolist()),
     )

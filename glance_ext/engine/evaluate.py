@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from glance_ext.data.datasets import Sample
-from glance_ext.data.images import load_image, load_mask
+from glance_ext.data.images import load_mask
+from glance_ext.engine.batches import detect_files
 from glance_ext.engine.detector import Detector
 from glance_ext.errors import TOO_LARGE, GlanceError, InputError, NoUsableInputError
 from glance_ext.metrics import (
@@ -80,25 +81,28 @@ def score_samples(
         on_error: Called for each sample that cannot be used.
     """
     results = []
-    for sample in samples:
+    for sample, found in detect_files(detector, samples, lambda sample: sample.path):
+        if isinstance(found, InputError):
+            on_error(found)
+            continue
         try:
-            image = load_image(sample.path)
-            size = (image.shape[0], image.shape[1])
-            mask = np.zeros(size, bool)
-            if sample.mask_path is not None:
-                mask = load_mask(sample.mask_path, size)
-                if not mask.any():
-                    raise InputError(
-                        sample.mask_path, "expected a mask that marks a defect, got an empty one"
-                    )
-            detection = detector.detect(image)
+            mask = _mask(sample, found.detection.map.shape)
         except InputError as error:
             on_error(error)
         except MemoryError:
             on_error(InputError(sample.path, TOO_LARGE))
         else:
-            results.append(Scored(sample, detection.score, detection.map, mask))
+            results.append(Scored(sample, found.detection.score, found.detection.map, mask))
     return results
+
+
+def _mask(sample: Sample, size: tuple[int, ...]) -> np.ndarray:
+    if sample.mask_path is None:
+        return np.zeros(size, bool)
+    mask = load_mask(sample.mask_path, (size[0], size[1]))
+    if not mask.any():
+        raise InputError(sample.mask_path, "expected a mask that marks a defect, got an empty one")
+    return mask
 
 
 def evaluate(results: Sequence[Scored]) -> Evaluation:

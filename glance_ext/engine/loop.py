@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from glance_ext.engine.checkpoint import load_checkpoint, load_module, prefixed, save_checkpoint
+from glance_ext.engine.distributed import World
 from glance_ext.errors import CheckpointError, GlanceError, Interrupted, OutputError
 
 CHECKPOINT_KIND = "training"
@@ -56,6 +57,8 @@ class Stage:
         step: Computes the losses.
         optimizer: Steps the parameters.
         modules: What a checkpoint must hold to go on, by name.
+        replicated: Whether each of several processes computes the whole losses. If not, each
+            computes its share, and the losses are the sums of these.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Stage:
     step: Step
     optimizer: torch.optim.Optimizer
     modules: dict[str, nn.Module]
+    replicated: bool = True
 
 
 @dataclass
@@ -76,6 +80,7 @@ class Trainer:
         save_every: Steps between checkpoints; one is also written at Ctrl-C and at a stage's end.
         log_dir: A folder for TensorBoard, used if the package is installed.
         show_progress: Whether to draw progress bars on standard error.
+        world: The processes that train together. The first one alone draws, logs, reads and writes.
     """
 
     checkpoint: Path
@@ -84,6 +89,7 @@ class Trainer:
     save_every: int = 250
     log_dir: Path | None = None
     show_progress: bool = True
+    world: World = field(default_factory=World)
     history: History = field(default_factory=dict)
     _resumed: tuple[dict[str, Tensor], dict[str, Any]] | None = None
     _interrupted: bool = False
@@ -94,8 +100,20 @@ class Trainer:
         Raises:
             CheckpointError: It is damaged, or belongs to a run with other settings.
         """
-        if not self.checkpoint.exists():
+        loaded = self.world.on_first(self._load)
+        if loaded is None:
             return False
+        tensors, metadata = loaded
+        self.history = {
+            key: [(int(s), float(v)) for s, v in points]
+            for key, points in metadata["history"].items()
+        }
+        self._resumed = (tensors, metadata)
+        return True
+
+    def _load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        if not self.checkpoint.exists():
+            return None
         tensors, metadata = load_checkpoint(self.checkpoint, CHECKPOINT_KIND)
         theirs = metadata["settings"]
         for key in sorted({*theirs, *self.settings}):
@@ -104,12 +122,7 @@ class Trainer:
                     f"{self.checkpoint}: cannot resume: expected the settings of the interrupted "
                     f"run, {key} = {theirs.get(key)!r}, got {self.settings.get(key)!r}"
                 )
-        self.history = {
-            key: [(int(s), float(v)) for s, v in points]
-            for key, points in metadata["history"].items()
-        }
-        self._resumed = (tensors, metadata)
-        return True
+        return tensors, metadata
 
     def run(self, stage: Stage) -> None:
         """Trains one stage to its end, or goes on where the checkpoint stopped.
@@ -121,16 +134,17 @@ class Trainer:
         start = self._restore(stage)
         if start is None or start >= stage.steps:
             return
+        self.world.start_alike(stage.modules.values())
         last_saved = start
         with (
             self._catch_signals(),
-            _tensorboard(self.log_dir) as writer,
+            _tensorboard(self.log_dir if self.world.is_first else None) as writer,
             tqdm(
                 total=stage.steps,
                 initial=start,
                 desc=stage.name,
                 unit="step",
-                disable=not self.show_progress,
+                disable=not (self.show_progress and self.world.is_first),
                 dynamic_ncols=True,
             ) as bar,
         ):
@@ -138,12 +152,15 @@ class Trainer:
                 stage.optimizer.zero_grad(set_to_none=True)
                 losses = stage.step(step_generator(self.seed, stage.name, step))
                 losses["loss"].backward()
+                losses, stop = self.world.add_up(
+                    stage.optimizer, losses, self._interrupted, replicated=stage.replicated
+                )
                 stage.optimizer.step()
                 done = step + 1
                 if step % _LOG_EVERY == 0 or done == stage.steps:
                     self._log(stage.name, step, losses, bar, writer)
                 bar.update()
-                if self._interrupted:
+                if stop or (self.world.size == 1 and self._interrupted):
                     break
                 if done - last_saved >= self.save_every and done < stage.steps:
                     _finite(stage.name, step, losses)
@@ -151,7 +168,8 @@ class Trainer:
                     last_saved = done
             _finite(stage.name, step, losses)
             self._save(stage, done)
-        if self._interrupted:  # also if it came while the last steps were saved
+            stop = self.world.any(self._interrupted or stop)
+        if stop or self._interrupted:  # also if it came while the last steps were saved
             raise Interrupted(
                 f"stopped after step {done} of {stage.steps} of stage '{stage.name}'; the state "
                 f"is in {self.checkpoint}; go on with --resume"
@@ -196,7 +214,8 @@ class Trainer:
             "settings": self.settings,
             "history": self.history,
         }
-        save_checkpoint(self.checkpoint, CHECKPOINT_KIND, tensors, metadata)
+        if self.world.is_first:
+            save_checkpoint(self.checkpoint, CHECKPOINT_KIND, tensors, metadata)
         if step >= stage.steps:
             self._resumed = (tensors, metadata)
 

@@ -8,6 +8,7 @@ from typing import Any
 from glance_ext.data.grid import patch_grid
 from glance_ext.errors import GlanceError
 
+PRECISIONS = ("float32", "bfloat16")
 AGGREGATIONS = ("mean", "gaussian", "max", "idw")
 
 
@@ -16,11 +17,18 @@ class TrainSettings:
     """Settings of stages 2 and 3 and of calibration.
 
     Attributes:
+        precision: What the networks compute in during stage 3, ``"float32"`` or ``"bfloat16"``;
+            weights, losses and the optimizer stay in float32, and so does the distortion head.
         fine_tune_steps: Steps of stage 2; needs the teacher. 0 leaves the stage out.
         fine_tune_batch_size: Patches a step of stage 2.
         fine_tune_learning_rate: Of Local-Net.
         steps: Steps of stage 3.
-        batch_size: Patches a step of stage 3; each has its own masked image.
+        batch_size: Patches a step of stage 3.
+        holes_per_image: The most of them that come from one image and share its pass through
+            Global-Net. The paper draws an image for each patch: 1.
+        positions: Where the patches of stage 3 may lie: ``"uniform"`` for anywhere, as in the
+            paper; or a stride for those of that grid, whose Local-Net features are then computed
+            densely, once an image, if that is less work than one pass a patch.
         global_learning_rate: Of Global-Net.
         head_learning_rate: Of the distortion head.
         lambda_t: Weight of the distortion loss beside the inconsistency loss.
@@ -29,23 +37,29 @@ class TrainSettings:
             normal patches before mixing; the paper mixes raw scores.
         aggregation: How patches become a map; see ``aggregate_patch_scores``.
         grid: Which patches are scored: a stride, or ``"paper"``.
+        tile: Whether to train and calibrate at the images' own resolution, in windows of 256x256,
+            instead of resizing every image to that size.
         held_out_share: Share of the normal images kept from training for calibration.
         held_out_most: The most images kept.
         seed: Of everything random.
     """
 
+    precision: str = "float32"
     fine_tune_steps: int = 0
     fine_tune_batch_size: int = 16
     fine_tune_learning_rate: float = 2e-4
     steps: int = 2000
     batch_size: int = 32
+    holes_per_image: int = 8
+    positions: str = "4"
     global_learning_rate: float = 1e-3
     head_learning_rate: float = 1e-3
     lambda_t: float = 0.01
     lambda_s: float = 0.5
     standardise: bool = True
     aggregation: str = "mean"
-    grid: str = "8"
+    grid: str = "4"
+    tile: bool = False
     held_out_share: float = 0.2
     held_out_most: int = 32
     seed: int = 0
@@ -68,6 +82,12 @@ class TrainSettings:
                 "batch size: expected at least 1, and for fine-tuning at least 2, got "
                 f"{self.batch_size} and {self.fine_tune_batch_size}"
             )
+        if self.holes_per_image < 1:
+            raise GlanceError(f"holes per image: expected at least 1, got {self.holes_per_image}")
+        if self.precision not in PRECISIONS:
+            raise GlanceError(
+                f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}"
+            )
         if self.aggregation not in AGGREGATIONS:
             raise GlanceError(
                 f"aggregation: expected one of {', '.join(AGGREGATIONS)}, got {self.aggregation!r}"
@@ -76,6 +96,11 @@ class TrainSettings:
             patch_grid(self.grid)
         except ValueError as error:
             raise GlanceError(str(error)) from error
+        if self.positions != "uniform":
+            try:
+                patch_grid(self.positions)
+            except ValueError as error:
+                raise GlanceError(f"positions: expected 'uniform' or a grid; {error}") from error
 
     def to_json(self) -> dict[str, Any]:
         """All settings as JSON values."""
@@ -89,6 +114,8 @@ PRESETS: dict[str, TrainSettings] = {
         fine_tune_steps=50_000,
         steps=200_000,
         batch_size=64,
+        holes_per_image=1,
+        positions="uniform",
         global_learning_rate=1e-4,
         head_learning_rate=1e-5,
         lambda_s=0.8,

@@ -13,13 +13,7 @@ from tqdm import tqdm
 
 from glance_ext.data.datasets import split_held_out
 from glance_ext.data.images import load_image, resize
-from glance_ext.data.patches import (
-    crop_patches,
-    fingerprint,
-    load_training_images,
-    sample_positions,
-)
-from glance_ext.data.stains import stain
+from glance_ext.data.patches import fingerprint, load_training_images
 from glance_ext.engine.detector import MODEL_FILE, Detector, calibrate
 from glance_ext.engine.distill import (
     DistilledNet,
@@ -28,14 +22,14 @@ from glance_ext.engine.distill import (
     load_local_net,
     packaged_local_net,
 )
-from glance_ext.engine.loop import History, Stage, Trainer
+from glance_ext.engine.distributed import World
+from glance_ext.engine.joint import joint_stage
+from glance_ext.engine.loop import History, Trainer
 from glance_ext.engine.settings import TrainSettings
+from glance_ext.engine.windows import load_windows, read, usable
 from glance_ext.errors import GlanceError, InputError, NoUsableInputError
 from glance_ext.files import ensure_folder
-from glance_ext.models.glance import IMAGE_SIZE, PATCH_SIZE, Glance
-from glance_ext.models.global_net import hole_masks
-from glance_ext.models.heads import distortion_loss, inconsistency
-from glance_ext.models.normalisation import normalise
+from glance_ext.models.glance import IMAGE_SIZE, Glance
 
 STATE_FILE = "training.safetensors"
 
@@ -72,6 +66,7 @@ def train(
     resume: bool = False,
     show_progress: bool = True,
     on_error: Callable[[InputError], None] = lambda error: None,
+    world: World | None = None,
 ) -> TrainResult:
     """Trains a model on normal images and calibrates it on some that it has not seen.
 
@@ -85,6 +80,8 @@ def train(
         resume: Whether to go on from an interrupted run.
         show_progress: Whether to draw progress bars on standard error.
         on_error: Called for each image that cannot be used.
+        world: The processes that train together; each calls this with the same arguments and gets
+            the same result, and the first alone writes files.
 
     Raises:
         NoUsableInputError: No image can be used.
@@ -95,29 +92,27 @@ def train(
         OutputError: The output cannot be written.
     """
     device = torch.device(device)
-    model_file = output / MODEL_FILE
-    if model_file.exists():
-        raise GlanceError(
-            f"{output}: already holds a finished model ({MODEL_FILE}); give another --output, or "
-            "remove it first"
-        )
-    state_file = output / STATE_FILE
-    if state_file.exists() and not resume:
-        raise GlanceError(
-            f"{output}: holds the state of an interrupted run ({STATE_FILE}); go on with --resume, "
-            "or remove it first"
-        )
+    world = world or World()
+    model_file, state_file = output / MODEL_FILE, output / STATE_FILE
+    world.on_first(lambda: _check_output(output, resume))
     if not paths:
         raise GlanceError("train: expected at least one normal image, got none")
-    ensure_folder(output)
+    world.on_first(lambda: ensure_folder(output))
     failed: list[InputError] = []
 
     def note(error: InputError) -> None:
         failed.append(error)
         on_error(error)
 
-    images, held_out = _load_images(paths, settings, note)
+    images, count, held_out = _load_images(paths, settings, note)
     optimistic = not held_out
+    found = fingerprint(images)
+    theirs = world.on_first(lambda: found)
+    if found != theirs:
+        raise GlanceError(
+            f"train: expected every process to find the same images, got {found} in process "
+            f"{world.rank} and {theirs} in process 0"
+        )
     distilled = load_local_net(local_net or packaged_local_net())
     torch.manual_seed(settings.seed)
     model = Glance(distilled.local_net).to(device)
@@ -126,72 +121,96 @@ def train(
         state_file,
         {
             **settings.to_json(),
-            "images": fingerprint(images),
+            "images": found,
             "local_net": str(local_net or "packaged"),
             "device": device.type,
         },
         settings.seed,
         log_dir=output / "tensorboard",
         show_progress=show_progress,
+        world=world,
     )
     if resume:
         trainer.resume()
     if settings.fine_tune_steps:
         _fine_tune(trainer, distilled, images, settings, teacher_weights, device)
         trainer.restore_modules({"local_net": model.local_net})
-    trainer.run(joint_stage(model, images, settings, device))
+    trainer.run(joint_stage(model, images, settings, device, world))
     trainer.restore_modules({"model": model})
 
     bar = tqdm(
-        held_out or [image.float() for image in images[:1]],
+        held_out or list(images[:1]),
         desc="calibrate",
         unit="image",
-        disable=not show_progress,
+        disable=not (show_progress and world.is_first),
         dynamic_ncols=True,
     )
     calibration = calibrate(
         model,
-        bar,
+        read(bar),
         lambda_s=settings.lambda_s,
         standardise=settings.standardise,
         aggregation=settings.aggregation,
         grid=settings.grid,
+        tile=settings.tile,
         optimistic=optimistic,
         device=device,
     )
     record: dict[str, Any] = {
         **settings.to_json(),
-        "images": len(images),
+        "images": count,
         "teacher": distilled.teacher,
     }
     detector = Detector(model, calibration, record, device=device)
-    detector.save(model_file)
-    state_file.unlink(missing_ok=True)
-    return TrainResult(
-        detector, model_file, trainer.history, len(images), len(held_out), tuple(failed)
-    )
+    if world.is_first:
+        detector.save(model_file)
+        state_file.unlink(missing_ok=True)
+    return TrainResult(detector, model_file, trainer.history, count, len(held_out), tuple(failed))
+
+
+def _check_output(output: Path, resume: bool) -> None:
+    if (output / MODEL_FILE).exists():
+        raise GlanceError(
+            f"{output}: already holds a finished model ({MODEL_FILE}); give another --output, or "
+            "remove it first"
+        )
+    if (output / STATE_FILE).exists() and not resume:
+        raise GlanceError(
+            f"{output}: holds the state of an interrupted run ({STATE_FILE}); go on with --resume, "
+            "or remove it first"
+        )
 
 
 def _load_images(
     paths: Sequence[Path], settings: TrainSettings, on_error: Callable[[InputError], None]
-) -> tuple[Tensor, list[Tensor]]:
-    """Images to train on, at least one, and images kept from training, if any can be spared."""
+) -> tuple[Tensor, int, list[Tensor] | list[Path]]:
+    """What is trained on, of how many images it is, and images kept from training, if any."""
     share = min(settings.held_out_share, settings.held_out_most / max(1, len(paths)))
     train_paths, held_out_paths = split_held_out(paths, share, settings.seed)
-    images = load_training_images(train_paths, IMAGE_SIZE, on_error=on_error)
-    held_out = []
-    for path in held_out_paths if train_paths != held_out_paths else []:
-        try:
-            held_out.append(resize(load_image(path), IMAGE_SIZE))
-        except InputError as error:
-            on_error(error)
-    if not len(images) and held_out:
-        return torch.stack(held_out).to(images.dtype), []
-    if not len(images):
+    if train_paths == held_out_paths:
+        held_out_paths = []
+    if settings.tile:
+        images, count = load_windows(train_paths, settings.seed, on_error)
+        held_out: list[Tensor] | list[Path] = usable(held_out_paths, on_error)
+        if not count and held_out:
+            return *load_windows(held_out_paths, settings.seed, lambda error: None), []
+    else:
+        images = load_training_images(train_paths, IMAGE_SIZE, on_error=on_error)
+        count = len(images)
+        resized = []
+        for path in held_out_paths:
+            try:
+                resized.append(resize(load_image(path), IMAGE_SIZE))
+            except InputError as error:
+                on_error(error)
+        if not count and resized:
+            return torch.stack(resized).to(images.dtype), len(resized), []
+        held_out = resized
+    if not count:
         raise NoUsableInputError(
             f"train: expected at least one usable normal image, got 0 of {len(paths)}"
         )
-    return images, held_out
+    return images, count, held_out
 
 
 def _fine_tune(
@@ -209,53 +228,3 @@ def _fine_tune(
     )
     teacher = distilled.load_teacher(teacher_weights)
     trainer.run(fine_tune_stage(distilled, teacher, images, fine_tune, device))
-
-
-def joint_stage(
-    model: Glance, images: Tensor, settings: TrainSettings, device: torch.device
-) -> Stage:
-    """Stage 3: Global-Net and the distortion head, Local-Net frozen (paper, section 3.5).
-
-    ``l_IAD + lambda_t * l_DAD``. The distortion head sees each patch as it is and with a stain; the
-    inconsistency loss never sees a stained patch.
-
-    Args:
-        model: Trained in place.
-        images: ``(N, 3, 256, 256)`` normal images, RGB in [0, 1].
-        settings: Steps, batch size, learning rates and lambda_t.
-        device: Where to train.
-    """
-    model.local_net.requires_grad_(False).eval()
-    optimizer = torch.optim.Adam(
-        [
-            {"params": model.global_net.parameters(), "lr": settings.global_learning_rate},
-            {"params": model.distortion_head.parameters(), "lr": settings.head_learning_rate},
-        ]
-    )
-
-    def step(generator: torch.Generator) -> dict[str, Tensor]:
-        count = settings.batch_size
-        picks = torch.randint(len(images), (count,), generator=generator)
-        origins = sample_positions(count, IMAGE_SIZE, PATCH_SIZE, generator)
-        batch = images[picks].float()
-        patches = crop_patches(batch, origins, PATCH_SIZE)
-        stained = stain(patches, generator)
-        both = normalise(torch.cat((patches, stained)).to(device))
-        with torch.no_grad():
-            clean_features, stained_features = model.local_net(both).chunk(2)
-        masks = hole_masks(origins, PATCH_SIZE, IMAGE_SIZE).to(device)
-        global_features = model.global_net(normalise(batch.to(device)), masks)
-        iad = inconsistency(clean_features, global_features).mean()
-        log_odds = model.distortion_head(
-            torch.cat((clean_features, stained_features)), global_features.repeat(2, 1)
-        )
-        undistorted = torch.zeros_like(log_odds)
-        undistorted[:count] = 1
-        dad = distortion_loss(log_odds, undistorted)
-        return {
-            "loss": iad + settings.lambda_t * dad,
-            "inconsistency": iad,
-            "distortion": dad,
-        }
-
-    return Stage("joint", settings.steps, step, optimizer, {"model": model})

@@ -17,8 +17,9 @@ class LocalNet(nn.Module):
     """Local-Net ``L``: ``Z_l = L(p)`` (paper, section 3.1).
 
     Conv KxK-128, max-pool 2, conv 5x5-256, max-pool 2, conv 2x2-256, conv 4x4-``features``, no
-    padding, LeakyReLU 0.005 after all convolutions but the last. A patch of 33x33 pixels gives one
-    feature; a larger input gives a map of features of stride 4.
+    padding, LeakyReLU 0.005 after all convolutions but the last; it stands behind the pooling,
+    where it gives the same in a quarter of the work. A patch of 33x33 pixels gives one feature; a
+    larger input gives a map of features of stride 4.
 
     Args:
         kernel_size: K, the size of the first convolution, 3 or 5. With 3 the pooling's floor leaves
@@ -34,11 +35,11 @@ class LocalNet(nn.Module):
         self.features = features
         self.layers = nn.Sequential(
             nn.Conv2d(3, 128, kernel_size),
-            nn.LeakyReLU(LEAKY_SLOPE),
             nn.MaxPool2d(2),
+            nn.LeakyReLU(LEAKY_SLOPE),
             nn.Conv2d(128, 256, 5),
-            nn.LeakyReLU(LEAKY_SLOPE),
             nn.MaxPool2d(2),
+            nn.LeakyReLU(LEAKY_SLOPE),
             nn.Conv2d(256, 256, 2),
             nn.LeakyReLU(LEAKY_SLOPE),
             nn.Conv2d(256, features, 4),
@@ -57,6 +58,8 @@ class LocalNet(nn.Module):
         Raises:
             ValueError: The patches do not shrink to one feature each.
         """
+        if patches.is_cpu:  # pooling is three times as fast, convolutions no slower
+            patches = patches.contiguous(memory_format=torch.channels_last)
         features = self.layers(patches)
         if features.shape[-2:] != (1, 1):
             raise ValueError(

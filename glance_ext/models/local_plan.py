@@ -162,6 +162,7 @@ class LocalPlan:
         )
         self._combs = list(zip(rows.combs, columns.combs, strict=True))
         self._row_order, self._column_order = rows.order, columns.order
+        self._indices: dict[tuple[int, torch.device], Tensor] = {}
         places = [r * c for r, c in zip(rows.places, columns.places, strict=True)]
         self.multiply_adds = sum(
             g.multiply_adds * n for g, n in zip(self._geometry, places, strict=True)
@@ -268,8 +269,14 @@ class LocalPlan:
         features = lines[0] if len(lines) == 1 else torch.cat(lines, 1)
         for axis, order in ((1, self._row_order), (2, self._column_order)):
             if order != sorted(order):
-                features = features.index_select(axis, torch.tensor(order, device=features.device))
+                features = features.index_select(axis, self._index(axis, order, features.device))
         return features.flatten(1, 2)
+
+    def _index(self, axis: int, order: list[int], device: torch.device) -> Tensor:
+        """An axis's order as a tensor; kept, since copies to a GPU cannot be in a CUDA graph."""
+        if (axis, device) not in self._indices:
+            self._indices[axis, device] = torch.tensor(order, device=device)
+        return self._indices[axis, device]
 
 
 def pass_multiply_adds(layers: Iterable[nn.Module], height: int, width: int) -> int:

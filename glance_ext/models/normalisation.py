@@ -12,6 +12,6 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 
 def normalise(images: Tensor) -> Tensor:
     """``(images - mean) / std`` for ``(N, 3, H, W)`` RGB in [0, 1]."""
-    mean = torch.tensor(IMAGE_MEAN, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(IMAGE_STD, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
-    return (images - mean) / std
+    # by numbers, not by tensors of them: a copy to a GPU could not be part of a CUDA graph
+    channels = zip(images.unbind(1), IMAGE_MEAN, IMAGE_STD, strict=True)
+    return torch.stack([(channel - mean) / std for channel, mean, std in channels], 1)

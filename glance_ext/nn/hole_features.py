@@ -12,11 +12,17 @@ from torch import Tensor, nn
 from glance_ext.nn.hole_plan import HoleGeometry, HoleStep, LayerShape, plan_geometry
 from glance_ext.nn.partial_conv import PartialConv2d
 from glance_ext.nn.pooling import MaskedMaxPool2d
-from glance_ext.ops import gather_holes, hole_conv2d
+from glance_ext.ops import (
+    HoleLayer,
+    gather_holes,
+    hole_conv2d,
+    hole_max_pool2d,
+    hole_sequence,
+)
 
 _KNOWN = "PartialConv2d, Conv2d, ReLU, LeakyReLU, MaxPool2d or MaskedMaxPool2d"
-# Windows that are worked on together: what a CPU's last cache holds, and what a GPU spares.
-_CPU_BYTES, _GPU_BYTES = 8 << 20, 1 << 30
+# Windows that are worked on together where each layer is a call of its own.
+_CPU_BYTES, _GPU_BYTES = 32 << 20, 1 << 30
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,10 @@ class HolePlan:
 class HoleFeatures:
     """A network's output for an image with each of many rectangular holes in it.
 
-    ``features[n, p]`` is ``layers(image n with hole p)``, equal to a pass of its own up to rounding.
-    One pass without holes gives the base maps; for each hole and layer only the window that the
-    hole reaches is computed, and the rest is read from the base. That is exact: cells that a hole
-    does not reach have the same inputs with it as without.
+    ``features[n, p]`` is ``layers(image n with hole p)``, equal to a pass of its own but for
+    rounding. One pass without holes gives the base maps; for each hole and layer only the window
+    that the hole reaches is computed, and the rest is read from the base. That is exact: cells that
+    a hole does not reach have the same inputs with it as without.
 
     The pixels of a hole are missing for a :class:`PartialConv2d` and 0 for any other layer. So with
     plain layers these are the maps of an occlusion experiment, with partial convolutions Global-Net
@@ -205,7 +211,9 @@ class HoleFeatures:
             for slope in layer.before:
                 x = F.leaky_relu(x, slope)
             bases.append(x)
-            x = _activated(_run(layer.module, x), layer.slope)
+            x = _run(layer.module, x)
+            if isinstance(layer.module, nn.Conv2d):  # nobody else holds its output
+                x = F.leaky_relu_(x, layer.slope) if layer.slope != 1 else x
             x = x.contiguous(memory_format=torch.channels_last)
         for slope in self._after:
             x = _activated(x, slope)
@@ -213,17 +221,20 @@ class HoleFeatures:
 
     def _through_holes(self, bases: Sequence[Tensor], geometry: HoleGeometry) -> Tensor:
         windows: Tensor | None = None
-        for layer, step, base in zip(self._layers, geometry.steps, bases[:-1], strict=True):
-            if windows is not None:
-                for slope in layer.before:
-                    windows = _activated(windows, slope)
-            windows = _step(layer, step, base, windows)
+        if self._in_one_call(bases):
+            steps = zip(self._layers, geometry.steps, bases[:-1], strict=True)
+            windows = hole_sequence([_hole_layer(*step) for step in steps])
+        else:
+            for layer, step, base in zip(self._layers, geometry.steps, bases[:-1], strict=True):
+                if windows is not None:
+                    for slope in layer.before:
+                        windows = _activated(windows, slope)
+                windows = _step(layer, step, base, windows)
         assert windows is not None
         for slope in self._after:
             windows = _activated(windows, slope)
-        if tuple(windows.shape[-2:]) == geometry.output_size == (1, 1):
-            if int(geometry.extents[..., 2:].min()) == 1:
-                return windows
+        if geometry.reaches_all:
+            return windows
         return gather_holes(
             bases[-1],
             windows,
@@ -231,6 +242,17 @@ class HoleFeatures:
             torch.zeros_like(geometry.extents[..., :2]),
             geometry.output_size,
         )
+
+    def _in_one_call(self, bases: Sequence[Tensor]) -> bool:
+        """Whether ``hole_sequence`` can do it: no gradient is wanted and every layer is an op's."""
+        if any(layer.before for layer in self._layers[1:]):
+            return False
+        if any(_groups(layer.module) > 1 for layer in self._layers):
+            return False
+        if not torch.is_grad_enabled():
+            return True
+        parameters = (p for layer in self._layers for p in layer.module.parameters())
+        return not any(tensor.requires_grad for tensor in (*bases, *parameters))
 
     def _window_bytes(self, geometry: HoleGeometry, itemsize: int) -> int:
         """The most memory that one hole's windows take at any layer."""
@@ -357,17 +379,42 @@ def _moved(geometry: HoleGeometry, device: torch.device) -> HoleGeometry:
 
 def _run(module: nn.Module, x: Tensor) -> Tensor:
     """A layer without holes."""
-    if isinstance(module, PartialConv2d):
-        if _shape(0, module).padding != (0, 0):  # else nothing is missing
-            result = module(x)
-            return result[0] if module.return_mask else result
+    if isinstance(module, PartialConv2d) and _shape(0, module).padding != (0, 0):
+        result = module(x)  # what is in the padding is missing
+        return result[0] if module.return_mask else result
     if isinstance(module, nn.Conv2d):
         bias = None if module.bias is None else module.bias.to(x.dtype)
         return module._conv_forward(x, module.weight.to(x.dtype), bias)
     assert isinstance(module, (nn.MaxPool2d, MaskedMaxPool2d))
-    return F.max_pool2d(
-        x, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode
-    )  # type: ignore[arg-type]
+    kernel, stride, padding, dilation = (
+        _pair(value)
+        for value in (module.kernel_size, module.stride, module.padding, module.dilation)
+    )
+    return F.max_pool2d(x, kernel, stride, padding, dilation, module.ceil_mode)
+
+
+def _hole_layer(layer: _Layer, step: HoleStep, base: Tensor) -> HoleLayer:
+    """One layer as ``hole_sequence`` takes it."""
+    module, shape = layer.module, layer.shape
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    if isinstance(module, nn.Conv2d):
+        weight = module.weight.to(base.dtype)
+        bias = None if module.bias is None else module.bias.to(base.dtype)
+    return HoleLayer(
+        base,
+        step.extents,
+        step.origins,
+        step.cells,
+        step.ratio,
+        weight,
+        bias,
+        shape.kernel,
+        shape.stride,
+        shape.padding,
+        shape.dilation,
+        layer.slope,
+    )
 
 
 def _step(layer: _Layer, step: HoleStep, base: Tensor, windows: Tensor | None) -> Tensor:
@@ -391,7 +438,7 @@ def _step(layer: _Layer, step: HoleStep, base: Tensor, windows: Tensor | None) -
                 shape.dilation,
                 layer.slope,
             )
-        tiles = _tiles(layer, step, base, windows, 0.0)
+        tiles = _tiles(layer, step, base, windows)
         x = F.conv2d(
             tiles.flatten(0, 1), weight, None, shape.stride, 0, shape.dilation, module.groups
         ).unflatten(0, tiles.shape[:2])
@@ -400,20 +447,28 @@ def _step(layer: _Layer, step: HoleStep, base: Tensor, windows: Tensor | None) -
         if bias is not None:
             x = x + bias[:, None, None]
         return torch.where(scale != 0, _activated(x, layer.slope), 0)
-    tiles = _tiles(layer, step, base, windows, float("-inf"))
-    x = F.max_pool2d(tiles.flatten(0, 1), shape.kernel, shape.stride, 0, shape.dilation)
-    return x.unflatten(0, tiles.shape[:2])
+    return hole_max_pool2d(
+        base,
+        windows,
+        step.extents,
+        step.origins,
+        shape.kernel,
+        shape.stride,
+        step.size,
+        shape.padding,
+        shape.dilation,
+    )
 
 
-def _tiles(
-    layer: _Layer, step: HoleStep, base: Tensor, windows: Tensor | None, fill: float
-) -> Tensor:
+def _tiles(layer: _Layer, step: HoleStep, base: Tensor, windows: Tensor | None) -> Tensor:
     """The part of the input that each hole's next window depends on ``(N, P, C, th, tw)``."""
     shape = layer.shape
-    stride = torch.tensor(shape.stride, dtype=torch.int32, device=base.device)
-    padding = torch.tensor(shape.padding, dtype=torch.int32, device=base.device)
     size = [
         (step.size[i] - 1) * shape.stride[i] + shape.dilation[i] * (shape.kernel[i] - 1) + 1
         for i in range(2)
     ]
-    return gather_holes(base, windows, step.extents, step.origins * stride - padding, size, fill)
+    # by numbers, not by tensors of them: a copy to a GPU could not be part of a CUDA graph
+    origins = torch.stack(
+        [step.origins[..., i] * shape.stride[i] - shape.padding[i] for i in range(2)], -1
+    )
+    return gather_holes(base, windows, step.extents, origins, size)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from threading import Lock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -82,6 +85,7 @@ class HoleGeometry:
         steps: One for each layer.
         extents: ``(..., P, 4)`` int32: each hole's window in the last layer's output.
         output_size: Height and width of the last layer's output.
+        reaches_all: Whether each of these windows is the whole output.
         full_from: The first layer whose input has no missing cell any more, for any hole; the
             number of layers if there is none.
     """
@@ -89,22 +93,162 @@ class HoleGeometry:
     steps: tuple[HoleStep, ...]
     extents: Tensor
     output_size: tuple[int, int]
+    reaches_all: bool
     full_from: int
 
 
-@dataclass
-class _Axis:
-    """One axis of every hole: what it changes and what it hides at the current layer.
+class _AxisTable:
+    """What holes change and hide along one axis, layer by layer, by where they begin.
 
     A hole is a rectangle, and so is everything that follows from it: rows and columns can be told
-    apart until their counts are multiplied.
+    apart until their counts are multiplied. Along one axis there are few different holes, in every
+    step of a training the same ones; so what has been worked out for one is kept.
+
+    Args:
+        layers: From the image on.
+        axis: 0 for rows, 1 for columns.
+        length: Of the image.
+        hole: The holes' length.
     """
 
-    which: Tensor  # (holes,): the row of the tables below; holes in one line share it
-    first: Tensor  # (U,): the first cell that the hole reaches
-    count: Tensor  # (U,): how many it reaches, from the first to the last
-    hidden: Tensor  # (U, length) bool: cells that are missing
-    length: int
+    def __init__(self, layers: Sequence[LayerShape], axis: int, length: int, hole: int) -> None:
+        self._layers, self._axis, self._hole = layers, axis, hole
+        self._lengths = [length]  # of each layer's input, and of the output
+        for layer in layers:
+            self._lengths.append(layer.output_length(self._lengths[-1], axis))
+        self._taps = [self._windows_of(index) for index in range(len(layers))]
+        self._lock = Lock()
+        self._lines = _Lines(
+            torch.full((length - hole + 1,), -1),
+            torch.empty((0, len(layers) + 1), dtype=torch.long),
+            torch.empty((0, len(layers) + 1), dtype=torch.long),
+            torch.empty((0, len(layers) + 1), dtype=torch.bool),
+            [torch.empty((0, 1)) for _ in layers],
+            [torch.empty((0, 1)) for _ in layers],
+        )
+
+    @property
+    def output_length(self) -> int:
+        """Of the last layer's output."""
+        return self._lengths[-1]
+
+    def lines(self, starts: Tensor) -> _Lines:
+        """What is known of holes, each ``(holes, ...)``, at the starts ``(holes,)``."""
+        with self._lock:
+            unknown = starts[self._lines.row[starts] < 0].unique()
+            if unknown.numel():
+                self._lines = self._lines.with_more(unknown, self._work_out(unknown))
+            known = self._lines
+        return known.of(known.row[starts])
+
+    def _windows_of(self, index: int) -> tuple[Tensor, Tensor]:
+        """For each cell of a layer's output its window's cells, and which are inside the map."""
+        layer, axis, length = self._layers[index], self._axis, self._lengths[index]
+        taps = (
+            torch.arange(self._lengths[index + 1])[:, None] * layer.stride[axis]
+            - layer.padding[axis]
+            + torch.arange(layer.kernel[axis]) * layer.dilation[axis]
+        )
+        inside = (taps >= 0) & (taps < length)
+        if not bool(inside.any(1).all()):
+            raise ValueError(
+                f"{layer.name}: expected every window to meet the input, got one that holds "
+                "nothing but padding"
+            )
+        return taps.clamp(0, length - 1), inside
+
+    def _work_out(self, starts: Tensor) -> _Lines:
+        cells = torch.arange(self._lengths[0])
+        first, count = starts, torch.full_like(starts, self._hole)
+        hidden = (cells >= first[:, None]) & (cells < (first + count)[:, None])
+        firsts, counts, hides = [first], [count], [hidden.any(1)]
+        present, missing = [], []
+        for layer, (at, inside), length in zip(
+            self._layers, self._taps, self._lengths[1:], strict=True
+        ):
+            all_missing = (hidden[:, at] & inside).sum(2)
+            offset = at - first[:, None, None]
+            reached = ((offset >= 0) & (offset < count[:, None, None]) & inside).any(2)
+            cells = torch.arange(length)
+            first = torch.where(reached, cells, length).amin(1)
+            count = (torch.where(reached, cells, -1).amax(1) - first + 1).clamp_min(0)
+            first = torch.where(count > 0, first, 0)
+            hidden = all_missing == inside.sum(1)
+            if not layer.keeps_mask:
+                hidden = torch.zeros_like(hidden)
+            firsts.append(first)
+            counts.append(count)
+            hides.append(hidden.any(1))
+            # the hole's own window, at least one cell long, so that no tensor is empty
+            offsets = torch.arange(max(1, int(count.max())))
+            cell = (first[:, None] + offsets).clamp_max(length - 1)
+            within = offsets < count[:, None]
+            present.append((inside.sum(1)[cell] * within).float())
+            missing.append((all_missing.gather(1, cell) * within).float())
+        return _Lines(
+            torch.arange(len(starts)),
+            torch.stack(firsts, 1),
+            torch.stack(counts, 1),
+            torch.stack(hides, 1),
+            present,
+            missing,
+        )
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """Holes along one axis.
+
+    Attributes:
+        row: ``(starts,)``, where a hole that begins there stands below; -1 for nowhere.
+        first: ``(U, layers + 1)``, the first cell of each layer's input that the hole reaches, and
+            of the output.
+        count: ``(U, layers + 1)``, how many it reaches, from the first to the last.
+        hides: ``(U, layers + 1)`` bool, whether any cell is missing.
+        present: For each layer ``(U, w)``: how many cells of its window are inside the map, for
+            each output cell that the hole reaches; 0 behind these.
+        missing: For each layer ``(U, w)``: how many of them are missing.
+    """
+
+    row: Tensor
+    first: Tensor
+    count: Tensor
+    hides: Tensor
+    present: list[Tensor]
+    missing: list[Tensor]
+
+    def with_more(self, starts: Tensor, more: _Lines) -> _Lines:
+        row = self.row.clone()
+        row[starts] = len(self.first) + more.row
+        return _Lines(
+            row,
+            torch.cat((self.first, more.first)),
+            torch.cat((self.count, more.count)),
+            torch.cat((self.hides, more.hides)),
+            [_stacked(a, b) for a, b in zip(self.present, more.present, strict=True)],
+            [_stacked(a, b) for a, b in zip(self.missing, more.missing, strict=True)],
+        )
+
+    def of(self, rows: Tensor) -> _Lines:
+        return _Lines(
+            rows,
+            self.first[rows],
+            self.count[rows],
+            self.hides[rows],
+            [table[rows] for table in self.present],
+            [table[rows] for table in self.missing],
+        )
+
+
+def _stacked(a: Tensor, b: Tensor) -> Tensor:
+    """Two tables of windows below each other, the shorter windows filled up with zeros."""
+    width = max(a.shape[1], b.shape[1])
+    return torch.cat([F.pad(t, (0, width - t.shape[1])) for t in (a, b)])
+
+
+@lru_cache(maxsize=32)
+def _axis_table(layers: tuple[LayerShape, ...], axis: int, length: int, hole: int) -> _AxisTable:
+    return _AxisTable(layers, axis, length, hole)
 
 
 def plan_geometry(
@@ -128,107 +272,51 @@ def plan_geometry(
     """
     shape = origins.shape[:-1]
     flat = origins.reshape(-1, 2).long().cpu()
-    axes = [_first_axis(flat[:, i], hole_size[i], image_size[i]) for i in range(2)]
+    tables = [_axis_table(tuple(layers), i, image_size[i], hole_size[i]) for i in range(2)]
+    rows, columns = (table.lines(flat[:, i]) for i, table in enumerate(tables))
+    # (layers + 1, ..., 4): first row and column, rows and columns
+    extents = torch.stack((rows.first, columns.first, rows.count, columns.count), -1).int()
+    extents = extents.transpose(0, 1).contiguous().unflatten(1, shape)
+    origin = extents[..., :2].contiguous()
+    longest = extents.flatten(1, -2)[..., 2:]
+    sizes = longest.amax(1).clamp_min(1).tolist() if len(flat) else [[1, 1]] * len(longest)
+    hidden = (rows.hides | columns.hides).any(0).tolist()
     steps = []
-    full_from = 0
     for index, layer in enumerate(layers):
-        if any(bool(axis.hidden.any()) for axis in axes):
-            full_from = index + 1
-        extents = _stack(axes, shape, "first", "count")
-        following, present, missing = zip(
-            *(_next_axis(axis, layer, i) for i, axis in enumerate(axes)), strict=True
-        )
-        axes = list(following)
-        size = (_most(axes[0]), _most(axes[1]))
-        valid = _per_cell(present, missing, axes, size)
+        size = (sizes[index + 1][0], sizes[index + 1][1])
+        valid = _outer(rows.present[index], columns.present[index], size)
         window = layer.kernel[0] * layer.kernel[1]
-        if not layer.partial:
-            ratio = (valid >= 0).to(dtype)
+        if hidden[index] and layer.partial:
+            valid = valid - _outer(rows.missing[index], columns.missing[index], size)
+        if layer.partial:
+            ratio = torch.where(valid > 0, window / valid.to(dtype), 0)
         else:
-            ratio = torch.where(valid > 0, window / valid.clamp_min(1).to(dtype), 0)
-        cells = ratio.flatten().nonzero().flatten()
+            ratio = (valid > 0).to(dtype)
+        cells = ratio.flatten().nonzero().flatten().int()
         steps.append(
             HoleStep(
-                extents,
-                _stack(axes, shape, "first"),
+                extents[index],
+                origin[index + 1],
                 size,
-                ratio.reshape(*shape, *size),
-                cells.to(torch.int32),
+                ratio.unflatten(0, shape),
+                cells,
                 len(cells) * window,
             )
         )
-        if not layer.keeps_mask:
-            for axis in axes:
-                axis.hidden = torch.zeros_like(axis.hidden)
+    output = (tables[0].output_length, tables[1].output_length)
+    # Asked here, on the CPU, so that no pass has to wait for a device that knows the answer.
+    whole = tuple(sizes[-1]) == output and bool(
+        (extents[-1][..., 2:] == torch.tensor(output)).all()
+    )
     return HoleGeometry(
         tuple(steps),
-        _stack(axes, shape, "first", "count"),
-        (axes[0].length, axes[1].length),
-        full_from,
+        extents[-1],
+        output,
+        whole,
+        max((i + 1 for i, hides in enumerate(hidden[:-1]) if hides), default=0),
     )
 
 
-def _first_axis(starts: Tensor, hole: int, length: int) -> _Axis:
-    first, which = starts.unique(return_inverse=True)
-    cells = torch.arange(length)
-    hidden = (cells >= first[:, None]) & (cells < first[:, None] + hole)
-    return _Axis(which, first, torch.full_like(first, hole), hidden, length)
-
-
-def _next_axis(axis: _Axis, layer: LayerShape, i: int) -> tuple[_Axis, Tensor, Tensor]:
-    """The axis behind a layer, and for each of its cells how many of its window's rows are inside
-    the map ``(length,)`` and how many of these are missing ``(U, length)``."""
-    length = layer.output_length(axis.length, i)
-    taps = (
-        torch.arange(length)[:, None] * layer.stride[i]
-        - layer.padding[i]
-        + torch.arange(layer.kernel[i]) * layer.dilation[i]
-    )
-    inside = (taps >= 0) & (taps < axis.length)
-    if not bool(inside.any(1).all()):
-        raise ValueError(
-            f"{layer.name}: expected every window to meet the input, got one that holds nothing "
-            "but padding"
-        )
-    at = taps.clamp(0, axis.length - 1)
-    present = inside.sum(1)
-    missing = (axis.hidden[:, at] & inside).sum(2)
-    offset = at - axis.first[:, None, None]
-    reached = ((offset >= 0) & (offset < axis.count[:, None, None]) & inside).any(2)
-    cells = torch.arange(length)
-    first = torch.where(reached, cells, length).amin(1)
-    last = torch.where(reached, cells, -1).amax(1)
-    count = (last - first + 1).clamp_min(0)
-    first = torch.where(count > 0, first, 0)
-    return _Axis(axis.which, first, count, missing == present, length), present, missing
-
-
-def _most(axis: _Axis) -> int:
-    """The length of the longest window; at least 1, so that no tensor is empty."""
-    return max(1, int(axis.count.max())) if axis.count.numel() else 1
-
-
-def _stack(axes: Sequence[_Axis], shape: torch.Size, *names: str) -> Tensor:
-    columns = [getattr(axis, name)[axis.which] for name in names for axis in axes]
-    return torch.stack(columns, -1).reshape(*shape, len(columns)).to(torch.int32)
-
-
-def _per_cell(
-    present: Sequence[Tensor],
-    missing: Sequence[Tensor],
-    axes: Sequence[_Axis],
-    size: tuple[int, int],
-) -> Tensor:
-    """Valid pixels in the window of each cell of each hole's window ``(holes, *size)``; -1 outside
-    of the hole's reach."""
-    parts = []
-    for axis, inside, hidden, length in zip(axes, present, missing, size, strict=True):
-        offset = torch.arange(length)
-        cell = (axis.first[:, None] + offset).clamp_max(axis.length - 1)
-        reached = offset < axis.count[:, None]
-        parts.append(
-            [values[axis.which] for values in (inside[cell], hidden.gather(1, cell), reached)]
-        )
-    (rows, no_rows, y), (columns, no_columns, x) = parts
-    valid = rows[:, :, None] * columns[:, None] - no_rows[:, :, None] * no_columns[:, None]
-    return torch.where(y[:, :, None] & x[:, None], valid, -1)
+def _outer(rows: Tensor, columns: Tensor, size: tuple[int, int]) -> Tensor:
+    """Products of counts ``(holes, rows)`` and ``(holes, columns)``, ``(holes, *size)``."""
+    return rows[:, : size[0], None] * columns[:, None, : size[1]]

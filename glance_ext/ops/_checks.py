@@ -302,6 +302,41 @@ def check_gather_holes(
     _check_origins(op, origins, extents, base)
 
 
+def check_hole_max_pool2d(
+    base: Tensor,
+    windows: Tensor | None,
+    extents: Tensor,
+    origins: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    window_size: Sequence[int],
+) -> None:
+    """Checks the arguments of ``hole_max_pool2d``, all but the values of the geometry."""
+    op = "hole_max_pool2d"
+    _check_windows(op, base, windows, extents)
+    for name, value in (
+        ("window_size", window_size),
+        ("kernel_size", kernel_size),
+        ("stride", stride),
+        ("dilation", dilation),
+    ):
+        _require_pair(op, name, value)
+        require(
+            value[0] > 0 and value[1] > 0,
+            op,
+            f"{name} to be positive, got ({value[0]}, {value[1]})",
+        )
+    _require_pair(op, "padding", padding)
+    require(
+        padding[0] >= 0 and padding[1] >= 0,
+        op,
+        f"padding not to be negative, got ({padding[0]}, {padding[1]})",
+    )
+    _check_origins(op, origins, extents, base)
+
+
 def check_hole_conv2d(
     base: Tensor,
     windows: Tensor | None,
@@ -377,3 +412,37 @@ def check_hole_conv2d(
         require(dilation[axis] > 0, op, f"dilation to be positive, got {dilation[axis]}")
     require(negative_slope >= 0, op, f"negative_slope not to be negative, got {negative_slope:g}")
     _check_origins(op, origins, extents, base)
+
+
+def check_hole_sequence(
+    bases: Sequence[Tensor],
+    extents: Sequence[Tensor],
+    origins: Sequence[Tensor],
+    cells: Sequence[Tensor],
+    ratios: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    settings: Sequence[int],
+    negative_slopes: Sequence[float],
+) -> None:
+    """Checks that ``hole_sequence`` has every argument once a layer."""
+    op, count = "hole_sequence", len(bases)
+    require(count > 0, op, "at least one layer, got 0 bases")
+    for name, values, each in (
+        ("extents", extents, 1),
+        ("origins", origins, 1),
+        ("cells", cells, 1),
+        ("ratios", ratios, 1),
+        ("weights", weights, 1),
+        ("biases", biases, 1),
+        ("settings", settings, 8),
+        ("negative_slopes", negative_slopes, 1),
+    ):
+        size: int = len(values)
+        require(size == each * count, op, f"{each * count} {name} for {count} layers, got {size}")
+    for ratio in ratios:
+        require(
+            ratio.dim() >= 3,
+            op,
+            f"ratios of shape (P, ho, wo) or (N, P, ho, wo), got {list(ratio.shape)}",
+        )

@@ -1,4 +1,4 @@
-"""``hole_conv2d`` and ``gather_holes``: docstring, fake, autograd, vmap; csrc/hole_windows/."""
+"""``hole_conv2d``, ``hole_max_pool2d``, ``gather_holes``; csrc/hole_windows/."""
 
 from __future__ import annotations
 
@@ -10,8 +10,13 @@ from torch import Tensor
 
 from glance_ext import _library
 from glance_ext.ops import reference
-from glance_ext.ops._checks import check_gather_holes, check_hole_conv2d, pair
-from glance_ext.ops._derivatives import forbid_forward_mode, forbid_second_backward
+from glance_ext.ops._checks import (
+    check_gather_holes,
+    check_hole_conv2d,
+    check_hole_max_pool2d,
+    pair,
+)
+from glance_ext.ops._derivatives import forbid_second_backward, register_autograd
 from glance_ext.ops._vmap import loop_over
 
 
@@ -55,10 +60,65 @@ def gather_holes(
         float(fill),
     )
     if _library.is_loaded():
-        forbid_forward_mode("gather_holes", base, windows)
         return torch.ops.glance_ext.gather_holes(*arguments)
     _library.warn_reference("gather_holes")
     return reference.gather_holes(*arguments)
+
+
+def hole_max_pool2d(
+    base: Tensor,
+    windows: Tensor | None,
+    extents: Tensor,
+    origins: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    window_size: int | Sequence[int],
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    """Max-pooling seen through many holes, computed only where the holes reach.
+
+    Every cell of each hole's next window is the greatest value of the input's window there, read
+    from the hole's own window inside its extent and from the base elsewhere. Outside of the map
+    nothing counts, and a cell that sees nothing else is -infinity. As in torch, NaN is the greatest
+    of all. Differentiable once in ``base`` and ``windows``.
+
+    Args:
+        base: ``(N, C, H, W)``, the layer's input without holes; float32, float64, float16 or
+            bfloat16, best channels_last.
+        windows: ``(N, P, C, h, w)``; see :func:`gather_holes`.
+        extents: ``(P, 4)`` or ``(N, P, 4)`` int32; see :func:`gather_holes`.
+        origins: ``(P, 2)`` or ``(N, P, 2)`` int32: first row and column of each hole's next window
+            in the layer's output.
+        kernel_size: In pixels, one int or (height, width).
+        stride: The same.
+        window_size: ho and wo, the next windows' size, one int or (height, width).
+        padding: In pixels, on both sides.
+        dilation: In pixels.
+
+    Returns:
+        The next windows ``(N, P, C, ho, wo)``, channels last in memory.
+
+    Raises:
+        ValueError: Shapes, devices or numbers do not fit.
+        TypeError: A dtype is not supported.
+    """
+    op = "hole_max_pool2d"
+    arguments = (
+        base,
+        windows,
+        extents,
+        origins,
+        pair(op, "kernel_size", kernel_size),
+        pair(op, "stride", stride),
+        pair(op, "padding", padding),
+        pair(op, "dilation", dilation),
+        pair(op, "window_size", window_size),
+    )
+    if _library.is_loaded():
+        return torch.ops.glance_ext.hole_max_pool2d(*arguments)
+    _library.warn_reference(op)
+    return reference.hole_max_pool2d(*arguments)
 
 
 def hole_conv2d(
@@ -127,7 +187,6 @@ def hole_conv2d(
         float(negative_slope),
     )
     if _library.is_loaded():
-        forbid_forward_mode(op, base, windows, weight, bias)
         return torch.ops.glance_ext.hole_conv2d(*arguments)
     _library.warn_reference(op)
     return reference.hole_conv2d(*arguments)
@@ -175,6 +234,38 @@ def _fake_scatter(
         if output_mask[1] and windows is not None
         else base.new_empty(0),
     )
+
+
+def _fake_pool(
+    base: Tensor,
+    windows: Tensor | None,
+    extents: Tensor,
+    origins: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    window_size: Sequence[int],
+) -> Tensor:
+    check_hole_max_pool2d(
+        base, windows, extents, origins, kernel_size, stride, padding, dilation, window_size
+    )
+    return _windows_like(base, base.shape[0], extents.shape[-2], base.shape[1], *window_size)
+
+
+def _fake_pool_backward(
+    grad_output: Tensor,
+    base: Tensor,
+    windows: Tensor | None,
+    extents: Tensor,
+    origins: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    return _fake_scatter(base, windows, output_mask)
 
 
 def _fake_conv(
@@ -250,6 +341,20 @@ def _backward_gather(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (*chosen, None, None, None, None)
 
 
+def _setup_pool(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.settings = inputs[4:8]
+
+
+def _backward_pool(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    needed = list(ctx.needs_input_grad[:2])
+    grads = torch.ops.glance_ext.hole_max_pool2d_backward(
+        grad, *ctx.saved_tensors, *ctx.settings, needed
+    )
+    chosen = [g if wanted else None for g, wanted in zip(grads, needed, strict=True)]
+    return (*chosen, *[None] * 7)
+
+
 def _setup_conv(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     base, windows, extents, origins, _, ratio, weight, _, *settings = inputs
     ctx.save_for_backward(output, base, windows, extents, origins, ratio, weight)
@@ -285,6 +390,14 @@ def _vmap_gather_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any
     return loop_over(torch.ops.glance_ext.gather_holes_backward, info, in_dims, *args)
 
 
+def _vmap_pool(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+    return _fold_base(torch.ops.glance_ext.hole_max_pool2d, info, in_dims, *args)
+
+
+def _vmap_pool_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+    return loop_over(torch.ops.glance_ext.hole_max_pool2d_backward, info, in_dims, *args)
+
+
 def _vmap_conv(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
     return _fold_base(torch.ops.glance_ext.hole_conv2d, info, in_dims, *args)
 
@@ -305,6 +418,15 @@ if _library.is_loaded():
             _vmap_gather_backward,
         ),
         (
+            "hole_max_pool2d",
+            _fake_pool,
+            _fake_pool_backward,
+            _setup_pool,
+            _backward_pool,
+            _vmap_pool,
+            _vmap_pool_backward,
+        ),
+        (
             "hole_conv2d",
             _fake_conv,
             _fake_conv_backward,
@@ -316,7 +438,7 @@ if _library.is_loaded():
     ):
         torch.library.register_fake(f"glance_ext::{_op}", _fake)
         torch.library.register_fake(f"glance_ext::{_op}_backward", _fake_back)
-        torch.library.register_autograd(f"glance_ext::{_op}", _back, setup_context=_setup)
+        register_autograd(f"glance_ext::{_op}", _back, setup_context=_setup)
         forbid_second_backward(_op)
         torch.library.register_vmap(f"glance_ext::{_op}", _vmap)
         torch.library.register_vmap(f"glance_ext::{_op}_backward", _vmap_back)

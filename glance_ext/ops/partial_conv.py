@@ -11,7 +11,7 @@ from torch import Tensor
 from glance_ext import _library
 from glance_ext.ops import reference
 from glance_ext.ops._checks import check_partial_conv2d, memory_format, pair
-from glance_ext.ops._derivatives import forbid_forward_mode, forbid_second_backward
+from glance_ext.ops._derivatives import forbid_second_backward, register_autograd
 from glance_ext.ops._vmap import loop_over
 
 
@@ -77,7 +77,6 @@ def partial_conv2d(
         float(negative_slope),
     )
     if _library.is_loaded():
-        forbid_forward_mode(op, input, weight, bias)
         return torch.ops.glance_ext.partial_conv2d(*arguments)
     _library.warn_reference(op)
     return _reference(*arguments)
@@ -205,9 +204,7 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
 if _library.is_loaded():
     torch.library.register_fake("glance_ext::partial_conv2d", _fake)
     torch.library.register_fake("glance_ext::partial_conv2d_backward", _fake_backward)
-    torch.library.register_autograd(
-        "glance_ext::partial_conv2d", _backward, setup_context=_setup_context
-    )
+    register_autograd("glance_ext::partial_conv2d", _backward, setup_context=_setup_context)
     forbid_second_backward("partial_conv2d")
     torch.library.register_vmap("glance_ext::partial_conv2d", _vmap)
     torch.library.register_vmap("glance_ext::partial_conv2d_backward", _vmap_backward)

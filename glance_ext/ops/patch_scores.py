@@ -11,7 +11,7 @@ from torch import Tensor
 from glance_ext import _library
 from glance_ext.ops import reference
 from glance_ext.ops._checks import check_aggregate, pair
-from glance_ext.ops._derivatives import forbid_forward_mode, forbid_second_backward
+from glance_ext.ops._derivatives import forbid_second_backward, register_autograd
 from glance_ext.ops._vmap import loop_over
 
 
@@ -28,8 +28,10 @@ def aggregate_patch_scores(
 ) -> Tensor:
     """Turns the scores of overlapping patches into a score for every pixel.
 
-    Each pixel gathers from the patches over it, in the order of the patches: there are no atomics
-    and the result does not depend on threads. Differentiable once in ``scores``.
+    Each pixel gathers from the patches over it, in a fixed order: there are no atomics and the
+    result does not depend on threads. Differentiable once in ``scores``. What depends on the
+    patches alone is kept for the next call; with ``origins`` on the CPU a later call on CUDA copies
+    nothing and can be captured in a graph.
 
     Args:
         scores: ``(N, gh, gw)`` on a regular grid of ``stride``, whose patch (i, j) begins at
@@ -38,8 +40,9 @@ def aggregate_patch_scores(
         patch_size: In pixels, one int or (height, width).
         image_size: Of the map, one int or (height, width).
         stride: In pixels, one int or (height, width). Exactly one of stride and origins is given.
-        origins: ``(P, 2)`` int64 or int32, row and column of each patch's first pixel. Best kept on
-            the CPU, where they are checked: on a CUDA device that costs a copy back.
+        origins: ``(P, 2)`` int64 or int32, row and column of each patch's first pixel. Fastest
+            where they are every pair of ascending rows and ascending columns, row by row. Best kept
+            on the CPU, where they are checked: on a CUDA device that costs a copy back.
         mode: ``"mean"`` of the patches over the pixel; ``"gaussian"``, their mean weighted by a
             bell around each patch's centre; ``"max"``; ``"idw"``, the mean of all patches weighted
             by the inverse distance to their centres (the map of Wang et al., CVPR 2021, as its one
@@ -69,7 +72,6 @@ def aggregate_patch_scores(
         {"gaussian": float(sigma), "idw": float(power)}.get(mode, 0.0),
     )
     if _library.is_loaded():
-        forbid_forward_mode(op, scores)
         return torch.ops.glance_ext.aggregate_patch_scores(*arguments)
     _library.warn_reference(op)
     return reference.aggregate_patch_scores(*arguments)
@@ -130,9 +132,7 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
 if _library.is_loaded():
     torch.library.register_fake("glance_ext::aggregate_patch_scores", _fake)
     torch.library.register_fake("glance_ext::aggregate_patch_scores_backward", _fake_backward)
-    torch.library.register_autograd(
-        "glance_ext::aggregate_patch_scores", _backward, setup_context=_setup_context
-    )
+    register_autograd("glance_ext::aggregate_patch_scores", _backward, setup_context=_setup_context)
     forbid_second_backward("aggregate_patch_scores")
     torch.library.register_vmap("glance_ext::aggregate_patch_scores", _vmap)
     torch.library.register_vmap("glance_ext::aggregate_patch_scores_backward", _vmap_backward)

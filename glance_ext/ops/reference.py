@@ -16,6 +16,8 @@ from glance_ext.ops._checks import (
     check_aggregate,
     check_gather_holes,
     check_hole_conv2d,
+    check_hole_max_pool2d,
+    check_hole_sequence,
     check_partial_conv2d,
     memory_format,
     require,
@@ -136,6 +138,33 @@ def gather_holes(
     return torch.stack(tiles).unflatten(0, maps.shape[:2])
 
 
+def hole_max_pool2d(
+    base: Tensor,
+    windows: Tensor | None,
+    extents: Tensor,
+    origins: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    window_size: Sequence[int],
+) -> Tensor:
+    """``hole_max_pool2d``: whole maps with their windows in place, cut, then pooled."""
+    check_hole_max_pool2d(
+        base, windows, extents, origins, kernel_size, stride, padding, dilation, window_size
+    )
+    steps = torch.tensor(list(stride), dtype=torch.int32, device=origins.device)
+    margin = torch.tensor(list(padding), dtype=torch.int32, device=origins.device)
+    size = [
+        (window_size[i] - 1) * stride[i] + dilation[i] * (kernel_size[i] - 1) + 1 for i in range(2)
+    ]
+    tiles = gather_holes(base, windows, extents, origins * steps - margin, size, float("-inf"))
+    pooled = F.max_pool2d(
+        tiles.flatten(0, 1), tuple(kernel_size), tuple(stride), 0, tuple(dilation)
+    )
+    return pooled.unflatten(0, tiles.shape[:2])
+
+
 def hole_conv2d(
     base: Tensor,
     windows: Tensor | None,
@@ -195,6 +224,58 @@ def hole_conv2d(
         output = output + bias.to(ratio.dtype)[:, None, None]
     output = F.leaky_relu(output, negative_slope) if negative_slope != 0 else F.relu(output)
     return torch.where(scale != 0, output, 0).to(base.dtype)
+
+
+def hole_sequence(
+    bases: Sequence[Tensor],
+    extents: Sequence[Tensor],
+    origins: Sequence[Tensor],
+    cells: Sequence[Tensor],
+    ratios: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    settings: Sequence[int],
+    negative_slopes: Sequence[float],
+) -> Tensor:
+    """``hole_sequence``: layer by layer."""
+    arguments = (bases, extents, origins, cells, ratios, weights, biases)
+    check_hole_sequence(*arguments, settings, negative_slopes)
+    windows: Tensor | None = None
+    for i, (base, extent, origin, cell, ratio, weight, bias) in enumerate(
+        zip(*arguments, strict=True)
+    ):
+        kernel, stride, padding, dilation = (
+            settings[8 * i + j : 8 * i + j + 2] for j in range(0, 8, 2)
+        )
+        if weight is None:
+            windows = hole_max_pool2d(
+                base,
+                windows,
+                extent,
+                origin,
+                kernel,
+                stride,
+                padding,
+                dilation,
+                tuple(ratio.shape[-2:]),
+            )
+        else:
+            windows = hole_conv2d(
+                base,
+                windows,
+                extent,
+                origin,
+                cell,
+                ratio,
+                weight,
+                bias,
+                stride,
+                padding,
+                dilation,
+                negative_slopes[i],
+            )
+    assert windows is not None
+    return windows
 
 
 def _for_each_window(rows: Tensor, base: Tensor) -> Tensor:

@@ -106,6 +106,8 @@ def put(value, *path):
         (put(None, "results", 0, "max_error"), "max_error"),
         (put(1.0, "results", 1, "peak_mib"), "a limit, to have no peak_mib"),
         (put("ours", "results", 1, "variant"), "peak_mib"),
+        (put(0.9, "results", 0, "p95_ms"), "p95_ms of at least its median_ms"),
+        (put(None, "results", 0, "p95_ms"), "p95_ms"),
     ],
 )
 def test_a_broken_file_is_refused(change, message):
@@ -113,6 +115,12 @@ def test_a_broken_file_is_refused(change, message):
     change(results)
     with pytest.raises(ValueError, match=message):
         validate_results(results)
+
+
+def test_a_row_may_say_its_95th_percentile():
+    results = example()
+    results["results"][0]["p95_ms"] = 1.5
+    validate_results(results)
 
 
 def test_a_variant_twice_is_refused():
@@ -192,5 +200,7 @@ class TestGpuCheck:
         assert outcomes["build"] == "FAILED (exit 3)"
         assert outcomes["tests"] == "ok"
         assert outcomes["memcheck: op tests"] == "FAILED (exit 127)"
-        assert outcomes["bench: ops bfloat16"] == "ok"
-        assert "bench ops --device cuda --dtype bfloat16" in run.stderr
+        for suite in ("ops", "detect"):
+            for dtype in ("float32", "bfloat16"):
+                assert outcomes[f"bench: {suite} {dtype}"] == "ok"
+                assert f"bench {suite} --device cuda --dtype {dtype}" in run.stderr

@@ -7,6 +7,7 @@ from glance_ext.bench.limits import (
     Probe,
     Rates,
     Work,
+    _products,
     copy_probe,
     limit_ms,
     limit_timing,
@@ -20,6 +21,7 @@ from glance_ext.bench.timing import (
     measure,
     measure_interleaved,
     peak_mib,
+    percentile_95,
     spread,
 )
 
@@ -64,7 +66,7 @@ def test_caches_are_emptied_outside_the_timed_region(monkeypatch):
         time.sleep(0.02)
 
     monkeypatch.setattr("glance_ext.bench.timing._flusher", lambda device: slow_flush)
-    timing = measure(lambda: None, CPU, Budget(seconds=0.001, min_repeats=4, max_repeats=4))
+    timing = measure(lambda: None, CPU, Budget(seconds=0.5, min_repeats=4, max_repeats=4))
     assert len(flushes) == 4
     assert timing.median_ms < 10
 
@@ -72,6 +74,19 @@ def test_caches_are_emptied_outside_the_timed_region(monkeypatch):
 def test_spread_is_the_inter_quartile_range():
     assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == 2.0
     assert spread([7.0]) == 0.0
+
+
+def test_the_95th_percentile_wants_20_calls():
+    assert percentile_95([float(i) for i in range(19)]) is None
+    assert percentile_95([float(i) for i in range(101)]) == 95.0
+    many = Budget(seconds=1, min_repeats=20, max_repeats=20, flush=False)
+    few = Budget(seconds=1, min_repeats=5, max_repeats=5, flush=False)
+    sleeps = iter([0.0] * 20 + [0.1] * 2)  # two calls warm, then 20
+    timing = measure_interleaved(
+        {"": lambda: time.sleep(next(sleeps, 0))}, CPU, many, memory=False
+    )[""]
+    assert timing.median_ms < 5 < timing.p95_ms
+    assert measure(lambda: None, CPU, few).p95_ms is None
 
 
 def test_peak_memory_on_the_cpu_counts_what_is_held_at_once():
@@ -104,12 +119,32 @@ def test_last_level_cache_is_of_a_plausible_size():
 
 
 def test_probes_state_the_work_that_they_do():
-    matrix = matrix_probe(CPU, torch.float32, quick=True)
-    assert matrix.work.flops == 2 * 256**3
-    result = matrix.call()
-    assert result.shape == (256, 256)
+    products = _products(CPU, torch.float32, quick=True)
+    assert [probe.name.split(",")[0] for probe in products] == [
+        "matrix product 256x256x256",
+        "convolution 1x1",
+        "convolution 3x3",
+    ]
+    assert products[0].work == Work(2 * 256**3, 3 * 256**2 * 4)
+    for probe in products:
+        assert probe.call().numel() > 0
+    weight, output = 64 * 64 * 9, 64 * 14 * 14
+    assert products[2].call().numel() == output
+    assert products[2].work == Work(2 * output * 64 * 9, 4 * (64 * 16 * 16 + weight + output))
     copied = copy_probe(CPU, quick=True)
     assert copied.work.bytes == 2 * copied.call().numel()
+
+
+@pytest.mark.parametrize("best", ["a", "b"])
+def test_the_matrix_rate_is_that_of_the_fastest_product(monkeypatch, best):
+    # b does ten times the work, in three times the time or in thirty times
+    seconds = {"a": 0.002, "b": 0.06 if best == "a" else 0.006}
+    probes = [
+        Probe(lambda name=name: time.sleep(seconds[name]), Work(flops, 0), name)
+        for name, flops in (("a", 1e9), ("b", 1e10))
+    ]
+    monkeypatch.setattr("glance_ext.bench.limits._products", lambda *_: probes)
+    assert matrix_probe(CPU, torch.float32).name == best
 
 
 def test_the_limit_is_the_longer_of_arithmetic_and_traffic():

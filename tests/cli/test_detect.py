@@ -15,6 +15,7 @@ from PIL import Image
 from glance_ext import files
 from glance_ext.engine.checkpoint import FORMAT_VERSION
 from glance_ext.engine.detector import Detector
+from glance_ext.engine.precision import PRECISIONS
 from tests.cli.conftest import Run, write_image
 
 COLUMNS = ["path", "score", "threshold", "anomalous", "error"]
@@ -229,20 +230,25 @@ def test_an_image_whose_results_cannot_be_named_does_not_stop_the_others(
     assert found == {fits: "", "n" * 250 + ".jpeg": ""}
 
 
+@pytest.mark.parametrize("options", [[], ["--batch-size", 2]])
 def test_an_image_too_large_for_memory_does_not_stop_the_others(
-    run: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[object],
 ) -> None:
     write_image(tmp_path / "in" / "a.png", 1, (50, 50))
     write_image(tmp_path / "in" / "b.png", 1, (40, 40))
-    real = Detector.detect
+    real = Detector.detect_batch
 
-    def detect(self: Detector, image: np.ndarray) -> object:
-        if image.shape[0] == 50:
+    def detect(self: Detector, images: list[np.ndarray]) -> object:
+        if any(image.shape[0] == 50 for image in images):
             raise MemoryError
-        return real(self, image)
+        return real(self, images)
 
-    monkeypatch.setattr(Detector, "detect", detect)
-    result = run("detect", model, tmp_path / "in", "-o", tmp_path / "out")
+    monkeypatch.setattr(Detector, "detect_batch", detect)
+    result = run("detect", model, tmp_path / "in", "-o", tmp_path / "out", *options)
     assert result.exit_code == 1
     assert "fits in memory" in rows(tmp_path / "out")[0]["error"]
     assert rows(tmp_path / "out")[1]["score"]
@@ -362,3 +368,67 @@ def test_results_that_cannot_be_printed_end_without_a_traceback(
     assert "Traceback" not in errors
     assert "Exception ignored" not in errors
     assert rows(tmp_path)[0]["score"]
+
+
+# ---------------------------------------------------------------- how images are scored
+
+
+def test_batches_change_nothing_but_the_speed(run: Run, model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    expected = bad_images(folder)
+    for i, size in enumerate([(64, 64), (300, 256), (40, 90)]):
+        write_image(folder / f"{i}.png", i, size)
+    found = {}
+    for batch_size in (1, 4):
+        output = tmp_path / str(batch_size)
+        result = run("detect", model, folder, "-o", output, "--batch-size", batch_size)
+        assert result.exit_code == 1
+        found[batch_size] = rows(output)
+    assert len(found[1]) == len(expected) + 4
+    for alone, together in zip(found[1], found[4], strict=True):
+        assert together["path"] == alone["path"]
+        assert together["error"] == alone["error"]
+        if not alone["error"]:
+            assert float(together["score"]) == pytest.approx(float(alone["score"]), rel=1e-4)
+            name = f"maps/{Path(alone['path']).stem}.npy"
+            maps = [np.load(tmp_path / str(size) / name) for size in (1, 4)]
+            np.testing.assert_allclose(*maps, rtol=1e-4, atol=1e-4)
+
+
+def test_the_precision_can_be_chosen(run: Run, model: Path, good: Path, tmp_path: Path) -> None:
+    scores = {}
+    for precision in PRECISIONS:
+        output = tmp_path / precision
+        result = run("detect", model, good / "0.png", "-o", output, "--precision", precision,
+                     "--device", "cpu", "--json", tmp_path / "r.json")  # fmt: skip
+        if precision == "tf32":
+            assert result.exit_code == 2
+            assert "expected float32 or bfloat16 on a CPU, got tf32" in result.stderr
+            continue
+        assert result.exit_code == 0
+        content = json.loads((tmp_path / "r.json").read_text())
+        assert content["metadata"]["precision"] == precision
+        scores[precision] = float(rows(output)[0]["score"])
+        assert np.load(output / "maps" / "0.npy").dtype == np.float32
+    assert scores["float32"] == pytest.approx(scores["float64"], rel=1e-4)
+    assert scores["bfloat16"] != scores["float32"]
+    assert scores["bfloat16"] == pytest.approx(scores["float64"], rel=0.2)
+
+
+def test_tiles_keep_a_small_defect_that_resizing_loses_sight_of(
+    run: Run, model: Path, tmp_path: Path
+) -> None:
+    path = write_image(tmp_path / "in" / "a.png", 3, (520, 300), spot=True)
+    maps = {}
+    for option in ("--tile", "--no-tile"):
+        result = run("detect", model, path, "-o", tmp_path / option, option)
+        assert result.exit_code == 0
+        assert (
+            "note: the threshold was calibrated with --no-tile, not --tile" in result.stderr
+        ) == (option == "--tile")
+        maps[option] = np.load(tmp_path / option / "maps" / "a.npy")
+        assert maps[option].shape == (520, 300)
+        assert float(rows(tmp_path / option)[0]["score"]) >= maps[option].max() - 1e-6
+    expected = Detector.load(model, tile=True).detect(path)
+    np.testing.assert_array_equal(maps["--tile"], expected.map)
+    assert not np.allclose(maps["--tile"], maps["--no-tile"], atol=1e-3)

@@ -168,3 +168,35 @@ def test_an_output_that_cannot_be_written_still_shows_the_figures(
         assert "image_AUROC" in result.stdout
         assert "cannot write the file" in last(result.stderr)
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_how_images_are_scored_can_be_chosen(
+    run: Run, model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    metrics = {}
+    for options in (["--batch-size", 1], ["--batch-size", 4], ["--tile"],
+                    ["--precision", "float64"]):  # fmt: skip
+        result = run("evaluate", model, dataset, *options, "--json", tmp_path / "e.json")
+        assert result.exit_code == 0, result.output
+        content = json.loads((tmp_path / "e.json").read_text())
+        assert content["metadata"]["tile"] == ("--tile" in options)
+        assert content["metadata"]["grid"] == "33"
+        precision = "float64" if "float64" in options else "float32"
+        assert content["metadata"]["precision"] == precision
+        metrics[str(options[-1])] = content["metrics"]["pixel_AUROC"]
+    assert metrics["4"] == pytest.approx(metrics["1"], abs=1e-4)
+    assert metrics["float64"] == pytest.approx(metrics["1"], abs=1e-4)
+
+
+def test_tiles_change_the_figures_of_large_images(run: Run, model: Path, tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for i in range(2):
+        write_image(root / "test" / "good" / f"{i}.png", i, (300, 400))
+        write_image(root / "test" / "cut" / f"{i}.png", 9 + i, (300, 400), spot=True)
+        write_mask(root / "ground_truth" / "cut" / f"{i}_mask.png", (300, 400))
+    found = {}
+    for option in ("--tile", "--no-tile"):
+        result = run("evaluate", model, root, option, "--json", tmp_path / "e.json")
+        assert result.exit_code == 0, result.output
+        found[option] = json.loads((tmp_path / "e.json").read_text())["metrics"]["pixel_AUROC"]
+    assert found["--tile"] != found["--no-tile"]

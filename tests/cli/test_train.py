@@ -48,6 +48,32 @@ def test_the_same_seed_gives_the_same_file(
     assert (tmp_path / "5" / "model.safetensors").read_bytes() != expected
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "setting"),
+    [
+        ("--holes-per-image", "1", 1),
+        ("--positions", "uniform", "uniform"),
+        ("--precision", "bfloat16", "bfloat16"),
+    ],
+)
+def test_how_patches_are_drawn_is_a_setting_that_changes_the_losses(
+    run: Run,
+    model: Path,
+    good: Path,
+    short: list[object],
+    tmp_path: Path,
+    option: str,
+    value: str,
+    setting: object,
+) -> None:
+    json_file = tmp_path / "train.json"
+    more = [option, value, "--json", json_file]
+    assert run("train", "--normal", good, "-o", tmp_path / "out", *short, *more).exit_code == 0
+    content = json.loads(json_file.read_text())
+    assert content["metadata"]["settings"][option[2:].replace("-", "_")] == setting
+    assert content["losses"] != json.loads((model / "train.json").read_text())["losses"]
+
+
 def test_one_image_trains_with_a_warning(
     run: Run, good: Path, short: list[object], tmp_path: Path
 ) -> None:
@@ -206,3 +232,35 @@ def test_an_unlikely_image_trains_too(run: Run, short: list[object], tmp_path: P
         write_image(tmp_path / "in" / f"{i}.png", i, size)
     result = run("train", "--normal", tmp_path / "in", "-o", tmp_path / "out", *short)
     assert result.exit_code == 0
+
+
+def test_a_model_trained_in_tiles_detects_in_tiles(
+    run: Run, short: list[object], tmp_path: Path
+) -> None:
+    for i in range(3):
+        write_image(tmp_path / "in" / f"{i}.png", i, (300, 270))
+    result = run("train", "--normal", tmp_path / "in", "-o", tmp_path / "model", *short, "--tile")
+    assert result.exit_code == 0
+    assert "trained on 2 images, calibrated on 1 others" in result.stdout
+    detector = Detector.load(tmp_path / "model")
+    assert detector.tile
+    assert detector.settings["tile"] is True
+    assert detector.settings["images"] == 2
+    scores = [detector.detect(tmp_path / "in" / f"{i}.png").score for i in range(3)]
+    assert any(detector.threshold == pytest.approx(score, rel=1e-5) for score in scores)
+    for options, noted in (([], False), (["--tile"], False), (["--no-tile"], True)):
+        image = tmp_path / "in" / "0.png"
+        result = run("detect", tmp_path / "model", image, "-o", tmp_path / "out", *options)
+        assert result.exit_code == 0
+        note = "note: the threshold was calibrated with --tile, not --no-tile"
+        assert (note in result.stderr) == noted
+
+
+def test_one_image_in_tiles_trains_with_a_warning(
+    run: Run, short: list[object], tmp_path: Path
+) -> None:
+    write_image(tmp_path / "in" / "0.png", 0, (300, 270))
+    result = run("train", "--normal", tmp_path / "in", "-o", tmp_path / "model", *short, "--tile")
+    assert result.exit_code == 0
+    assert "warning: no image could be kept from training" in result.stderr
+    assert "trained on 1 images, calibrated on one of them" in result.stdout

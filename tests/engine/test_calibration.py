@@ -79,9 +79,15 @@ def test_json_gives_back_the_same_calibration() -> None:
 
 def test_incomplete_json_is_refused() -> None:
     value = calibration().to_json()
-    for key in value:
+    for key in value.keys() - {"tile"}:
         with pytest.raises((KeyError, TypeError)):
             Calibration.from_json({k: v for k, v in value.items() if k != key})
+
+
+def test_models_from_before_tiles_are_of_whole_images() -> None:
+    value = calibration().to_json()
+    del value["tile"]
+    assert Calibration.from_json(value) == calibration(tile=False)
 
 
 def test_scales_are_taken_over_all_patches_of_all_images() -> None:

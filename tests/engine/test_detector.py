@@ -1,3 +1,4 @@
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from glance_ext.engine.calibration import Calibration, HeadScale
 from glance_ext.engine.checkpoint import load_checkpoint, save_checkpoint
 from glance_ext.engine.detector import MODEL_FILE, MODEL_KIND, Detector, calibrate, resize_map
 from glance_ext.errors import CheckpointError, GlanceError, InputError
-from glance_ext.models.glance import Glance, HeadScores
+from glance_ext.models.glance import Glance, GridPlan, HeadScores
 from glance_ext.models.local_net import LocalNet
 from glance_ext.ops import aggregate_patch_scores
 
@@ -37,8 +38,9 @@ class Brightness(Glance):
     def __init__(self) -> None:
         super().__init__(LocalNet(5, 2))
 
-    def score_patches(self, images: Tensor, origins: Tensor, batch_size: int = 64) -> HeadScores:
-        rows = [[image[:, r + 12 : r + 21, c + 12 : c + 21].mean() for r, c in origins.tolist()]
+    def score_grid(self, images: Tensor, plan: GridPlan) -> HeadScores:
+        places = list(itertools.product(plan.local.row_starts, plan.local.column_starts))
+        rows = [[image[:, r + 12 : r + 21, c + 12 : c + 21].mean() for r, c in places]
                 for image in images]  # fmt: skip
         scores = torch.tensor(rows)
         return HeadScores(scores, torch.zeros_like(scores), torch.zeros_like(scores))
@@ -106,7 +108,7 @@ def test_maps_of_a_batch_are_those_of_each_image(real: Detector) -> None:
 def test_patches_are_aggregated_as_the_calibration_says(mode: str) -> None:
     detector = Detector(Brightness(), Calibration(**{**vars(RAW), "aggregation": mode}), grid="33")
     scores = torch.rand(1, len(detector.grid))
-    found = detector.aggregate(scores, detector.grid.origins)
+    found = detector.aggregate(scores)
     expected = aggregate_patch_scores(
         scores, 33, (256, 256), origins=detector.grid.origins, mode=mode
     )
@@ -228,6 +230,7 @@ def test_calibration_scores_held_out_images_as_detection_does() -> None:
         standardise=True,
         aggregation="mean",
         grid="033",
+        tile=False,
         optimistic=False,
         device="cpu",
     )

@@ -4,19 +4,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from glance_ext.data.images import load_image, resize
 from glance_ext.engine import distill as distill_module
+from glance_ext.engine import joint as joint_module
 from glance_ext.engine import train as module
 from glance_ext.engine.checkpoint import load_checkpoint, prefixed
 from glance_ext.engine.detector import MODEL_FILE, MODEL_KIND, Detector
 from glance_ext.engine.distill import load_local_net
 from glance_ext.engine.settings import TrainSettings
-from glance_ext.engine.train import STATE_FILE, TrainResult, joint_stage, train
+from glance_ext.engine.train import STATE_FILE, TrainResult, train
 from glance_ext.errors import (
     CheckpointError,
     GlanceError,
@@ -26,7 +25,6 @@ from glance_ext.errors import (
     OutputError,
 )
 from glance_ext.models.glance import Glance
-from glance_ext.models.normalisation import normalise
 
 SETTINGS = TrainSettings(steps=5, batch_size=3, grid="33")
 FINE_TUNE = replace(SETTINGS, steps=2, fine_tune_steps=5, fine_tune_batch_size=4)
@@ -107,7 +105,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
     call: int,
 ) -> None:
-    interrupt_at(module, "stain", call)
+    interrupt_at(joint_module, "stain", call)
     with pytest.raises(Interrupted, match=f"step {call} of 5 of stage 'joint'.*{STATE_FILE}"):
         fit(pictures, tmp_path, local_net_file)
     assert {p.name for p in tmp_path.iterdir()} == {STATE_FILE}
@@ -123,7 +121,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     [
         (distill_module, "distillation_losses", 2),
         (distill_module, "distillation_losses", 5),
-        (module, "stain", 1),
+        (joint_module, "stain", 1),
     ],
 )
 def test_a_run_with_fine_tuning_resumes_in_either_stage(
@@ -171,13 +169,20 @@ def test_resuming_with_anything_else_is_refused_by_name(
 ) -> None:
     paths = [Path(shutil.copy(path, tmp_path)) for path in pictures]
     output = tmp_path / "out"
-    interrupt_at(module, "stain", 2)
+    interrupt_at(joint_module, "stain", 2)
     with pytest.raises(Interrupted):
         fit(paths, output, local_net_file)
     state = (output / STATE_FILE).read_bytes()
     with pytest.raises(GlanceError, match=r"holds the state of an interrupted run.*--resume"):
         fit(paths, output, local_net_file)
-    for change in ({"batch_size": 4}, {"lambda_t": 0.5}, {"seed": 8}, {"grid": "8"}):
+    for change in (
+        {"batch_size": 4},
+        {"holes_per_image": 2},
+        {"positions": "8"},
+        {"lambda_t": 0.5},
+        {"seed": 8},
+        {"grid": "8"},
+    ):
         settings = replace(SETTINGS, **change)
         with pytest.raises(CheckpointError, match=f"cannot resume: .*{next(iter(change))}|images"):
             fit(paths, output, local_net_file, settings, resume=True)
@@ -266,79 +271,6 @@ def test_a_local_net_that_is_none_is_refused(
         fit(pictures, tmp_path, tmp_path / "none")
 
 
-# ---------------------------------------------------------------- stage 3
-
-
-@pytest.fixture
-def images(pictures: list[Path]) -> Tensor:
-    return torch.stack([resize(load_image(path), (256, 256)) for path in pictures]).half()
-
-
-@pytest.fixture
-def model(local_net_file: Path) -> Glance:
-    torch.manual_seed(0)
-    return Glance(load_local_net(local_net_file).local_net)
-
-
-def test_the_inconsistency_loss_never_sees_a_stain(
-    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: dict[str, list[Any]] = {}
-
-    def spy(name: str) -> None:
-        real = getattr(module, name)
-
-        def wrapped(*args: Any) -> Any:
-            result = real(*args)
-            seen.setdefault(name, []).append((args, result))
-            return result
-
-        monkeypatch.setattr(module, name, wrapped)
-
-    for name in ("inconsistency", "crop_patches", "stain", "distortion_loss", "hole_masks"):
-        spy(name)
-    heads: list[Any] = []
-    model.distortion_head.register_forward_hook(lambda _, args, __: heads.append(args))
-    nets: list[Any] = []
-    model.global_net.register_forward_hook(lambda _, args, out: nets.append((args, out)))
-    stage = joint_stage(model, images, SETTINGS, torch.device("cpu"))
-    losses = stage.step(torch.Generator().manual_seed(0))
-
-    ((_, patches),) = seen["crop_patches"]
-    ((_, stained),) = seen["stain"]
-    assert not torch.equal(patches, stained)
-    with torch.no_grad():
-        clean_features = model.local_net(normalise(patches))
-        stained_features = model.local_net(normalise(stained))
-    (((local, around), _),) = seen["inconsistency"]
-    torch.testing.assert_close(local, clean_features, rtol=1e-4, atol=1e-5)
-    assert len(local) == SETTINGS.batch_size
-
-    # the holes lie where the patches were cut
-    (((origins, _, _), masks),) = seen["hole_masks"]
-    ((net_args, global_features),) = nets
-    assert torch.equal(around, global_features)
-    assert torch.equal(net_args[1], masks)
-    for image, patch, (row, column), mask in zip(
-        net_args[0], patches, origins.tolist(), masks, strict=True
-    ):
-        hole = image[:, row : row + 33, column : column + 33]
-        torch.testing.assert_close(hole, normalise(patch[None])[0])
-        assert not mask[0, row : row + 33, column : column + 33].any()
-        assert (~mask).sum() == 33 * 33
-
-    # the distortion head sees both, the stained ones as distorted
-    ((head_local, head_global),) = heads
-    torch.testing.assert_close(
-        head_local, torch.cat((clean_features, stained_features)), rtol=1e-4, atol=1e-5
-    )
-    assert torch.equal(head_global, torch.cat((global_features, global_features)))
-    (((_, undistorted), dad),) = seen["distortion_loss"]
-    assert undistorted.tolist() == [1.0] * 3 + [0.0] * 3
-    expected = losses["inconsistency"] + SETTINGS.lambda_t * dad
-    torch.testing.assert_close(losses["loss"], expected)
-
-
 def test_local_net_stays_as_it_is_and_the_others_learn(trained: Path, local_net_file: Path) -> None:
     tensors, _ = content(trained)
     before = prefixed(load_local_net(local_net_file).local_net, "model.local_net")
@@ -348,19 +280,3 @@ def test_local_net_stays_as_it_is_and_the_others_learn(trained: Path, local_net_
     for name, value in prefixed(fresh, "model").items():
         if "local_net" not in name:
             assert not torch.equal(tensors[name], value), name
-
-
-def test_training_lowers_the_losses_on_a_simple_texture(model: Glance, images: Tensor) -> None:
-    settings = replace(SETTINGS, batch_size=6)
-    stage = joint_stage(model, images, settings, torch.device("cpu"))
-    losses = []
-    for step in range(30):
-        stage.optimizer.zero_grad()
-        found = stage.step(torch.Generator().manual_seed(step))
-        found["loss"].backward()
-        stage.optimizer.step()
-        losses.append({name: value.item() for name, value in found.items()})
-    first, last = (
-        np.mean([x["inconsistency"] for x in part]) for part in (losses[:5], losses[-5:])
-    )
-    assert last < 0.7 * first

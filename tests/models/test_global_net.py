@@ -154,6 +154,6 @@ def test_shared_features_equal_masked_passes_for_other_sizes(
 
 def test_shared_features_of_a_wrong_image_size_are_an_error() -> None:
     net = GlobalNet(8)
+    plan = net.plan(torch.tensor([[0, 0]]), 33, (384, 384))
     with pytest.raises(ValueError, match="expected images of 256x256 pixels, got 384x384"):
-        plan = net.plan(torch.tensor([[0, 0]]), 33, (384, 384))
         net.shared_features(torch.zeros(1, 3, 384, 384), plan)

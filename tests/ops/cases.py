@@ -21,6 +21,7 @@ class Case:
         lowered: Positions of the arguments that autocast casts; none if it leaves the op alone.
         summed_by_torch: Positions of the results that torch's convolution adds up in an order that
             depends on the number of threads.
+        pack: Makes the op's arguments of ours, where it takes lists of tensors.
     """
 
     op: str
@@ -30,6 +31,7 @@ class Case:
     batched: tuple[int, ...] = ()
     lowered: tuple[int, ...] = ()
     summed_by_torch: tuple[int, ...] = ()
+    pack: Callable[[list[Any]], list[Any]] = list
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}".replace(" ", "_")
@@ -44,7 +46,7 @@ class Case:
 
     def call(self, arguments: list[Any]) -> tuple[Tensor, ...]:
         """The op's results, as a tuple even where there is one."""
-        result = self.overload()(*arguments)
+        result = self.overload()(*self.pack(arguments))
         return result if isinstance(result, tuple) else (result,)
 
 
@@ -214,6 +216,29 @@ def _gather_holes_backward(
     return changed
 
 
+def _hole_max_pool(**form: bool) -> Callable[[str, torch.dtype, int, int], list[Any]]:
+    def make(device: str, dtype: torch.dtype, seed: int, batch: int) -> list[Any]:
+        holes = _holes(seed=seed, batch=batch, **form)
+        moved = _moved_holes(holes, "base windows extents origins", device, dtype)
+        return [*moved, [3, 2], [2, 1], [1, 1], [1, 2], [2, 3]]
+
+    return make
+
+
+def _hole_max_pool_backward(
+    make: Callable[[str, torch.dtype, int, int], list[Any]],
+) -> Callable[[str, torch.dtype, int, int], list[Any]]:
+    def changed(device: str, dtype: torch.dtype, seed: int, batch: int) -> list[Any]:
+        base, windows, extents, origins, *settings, size = make(device, dtype, seed, batch)
+        random = torch.Generator().manual_seed(seed + 1000)
+        grad = torch.randn(
+            batch, extents.shape[-2], base.shape[1], *size, generator=random, dtype=torch.float64
+        )
+        return [grad.to(device, dtype), base, windows, extents, origins, *settings, [True, True]]
+
+    return changed
+
+
 def _hole_conv(
     slope: float = 0.1, **form: bool
 ) -> Callable[[str, torch.dtype, int, int], list[Any]]:
@@ -321,6 +346,15 @@ CASES += [
         _gather_holes_backward(_gather_holes()),
         batched=(0, 1, 2),
     ),
+    Case("hole_max_pool2d", "holes", _hole_max_pool(**_SHARED_HOLES), (0,), batched=(0,)),
+    Case("hole_max_pool2d", "windows", _hole_max_pool(), (0, 1), batched=(0, 1)),
+    Case("hole_max_pool2d", "own", _hole_max_pool(**_OWN_HOLES), (0, 1), batched=(0, 1, 2, 3)),
+    Case(
+        "hole_max_pool2d_backward",
+        "windows",
+        _hole_max_pool_backward(_hole_max_pool()),
+        batched=(0, 1, 2),
+    ),
     Case("hole_conv2d", "holes", _hole_conv(**_SHARED_HOLES), (0, 6, 7), batched=(0,)),
     Case("hole_conv2d", "windows relu", _hole_conv(0.0), (0, 1, 6, 7), batched=(0, 1)),
     Case(
@@ -344,3 +378,36 @@ CASES += [
         batched=(0, 1, 2),
     ),
 ]
+
+
+def _hole_sequence(device: str, dtype: torch.dtype, seed: int, batch: int) -> list[Any]:
+    """A convolution, a pooling and a convolution: for each its six tensors and its bias."""
+    random = torch.Generator().manual_seed(seed + 1)
+    layers = [_holes(with_windows=i > 0, seed=i, batch=batch) for i in range(3)]
+    extents = torch.tensor([[0, 0, 3, 3], [2, 3, 4, 3], [6, 4, 3, 2]], dtype=torch.int32)
+    for layer, channels in zip(layers, (4, 5, 5), strict=True):
+        layer["base"] = torch.randn(batch, channels, 9, 8, generator=random, dtype=torch.float64)
+        if channels == 5:
+            layer["extents"] = extents
+    layers[2]["weight"] = torch.randn(6, 5, 3, 2, generator=random, dtype=torch.float64)
+    layers[2]["bias"] = None
+    names = "base extents origins cells ratio weight bias"
+    return [value for layer in layers for value in _moved_holes(layer, names, device, dtype)]
+
+
+def _packed_sequence(arguments: list[Any]) -> list[Any]:
+    layers = [list(arguments[i : i + 7]) for i in range(0, 21, 7)]
+    layers[1][5:] = [None, None]  # the pooling
+    conv, pool = [3, 2, *(n for pair in _HOLE_GEOMETRY for n in pair)], [3, 2, 1, 1, 0, 0, 1, 2]
+    return [*map(list, zip(*layers, strict=True)), [*conv, *pool, *conv], [0.0, 1.0, 0.1]]
+
+
+CASES.append(
+    Case(
+        "hole_sequence",
+        "convolution pooling convolution",
+        _hole_sequence,
+        batched=(0, 7, 14),
+        pack=_packed_sequence,
+    )
+)

@@ -120,7 +120,7 @@ def test_every_op_has_a_case() -> None:
 @every_case
 def test_opcheck(case: Case, device: str) -> None:
     arguments = with_gradients(case, case.arguments(device, torch.float32))
-    torch.library.opcheck(case.overload(), tuple(arguments))
+    torch.library.opcheck(case.overload(), tuple(case.pack(arguments)))
 
 
 @differentiable_case
@@ -164,9 +164,8 @@ def test_fake_has_the_real_shape_dtype_and_strides(case: Case, layout: str, devi
 def test_compiles_in_one_graph(case: Case, device: str) -> None:
     torch._dynamo.reset()
     arguments = with_gradients(case, case.arguments(device))
-    compiled = torch.compile(case.overload(), fullgraph=True, backend="aot_eager")
-    result = compiled(*arguments)
-    result = result if isinstance(result, tuple) else (result,)
+    compiled = torch.compile(case.call, fullgraph=True, backend="aot_eager")
+    result = compiled(arguments)
     assert_all_equal(result, case.call(arguments))
     if case.differentiable:
         leaves = leaves_of(case, arguments)
@@ -288,8 +287,9 @@ def test_vmap_equals_a_loop(case: Case, device: str) -> None:
         for out_of in (0, 1):
             in_dims = tuple(out_of if i in mapped else None for i in range(len(calls[0])))
             stacked = {i: torch.stack([call[i] for call in calls], out_of) for i in mapped}
-            got = torch.func.vmap(case.overload(), in_dims)(*replaced(calls[0], stacked))
-            got = got if isinstance(got, tuple) else (got,)
+            got = torch.func.vmap(lambda *a: case.call(list(a)), in_dims)(
+                *replaced(calls[0], stacked)
+            )
             rows = [case.call(replaced(calls[0], {i: c[i] for i in mapped})) for c in calls]
             assert_all_close(got, [torch.stack(column) for column in zip(*rows, strict=True)])
 

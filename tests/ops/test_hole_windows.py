@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from glance_ext.ops import gather_holes, hole_conv2d, reference
+from glance_ext.ops import gather_holes, hole_conv2d, hole_max_pool2d, reference
 from glance_ext.testing import assert_matches_reference
 from tests.ops.bad_calls import assert_all_forms_say
 from tests.ops.cases import CASES
@@ -106,6 +106,25 @@ def test_gather_equals_whole_maps(
     got = gather_holes(base, windows, extents, origins, (3, 4), fill)
     expected = reference.gather_holes(base, windows, extents, origins, (3, 4), fill)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@property_test
+@given(arguments=conv_calls(), dtype=st.sampled_from(DTYPES), nan=st.booleans())
+def test_max_pool_equals_whole_maps(
+    arguments: list[Any], dtype: torch.dtype, nan: bool, device: str
+) -> None:
+    base, windows, extents, origins, _, ratio, weight, _, stride, padding, dilation, _ = cast(
+        arguments, dtype, device
+    )
+    if nan:
+        base[0, 0, 1, 1] = float("nan")
+    geometry = (weight.shape[-2:], stride, ratio.shape[-2:], padding, dilation)
+    got = hole_max_pool2d(base, windows, extents, origins, *geometry)
+    expected = reference.hole_max_pool2d(
+        base, windows, extents, origins, weight.shape[-2:], stride, padding, dilation,
+        ratio.shape[-2:],
+    )  # fmt: skip
+    torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("windows", [True, False])
@@ -220,6 +239,29 @@ def test_bad_gather_calls_are_told_in_the_same_words(
 
 
 @pytest.mark.parametrize(
+    ("position", "value", "expected"),
+    [
+        (0, torch.zeros(4, 9, 8), "base of shape (N, C, H, W) with at least one pixel, got "
+         "[4, 9, 8]"),
+        (3, torch.zeros(3, 3, dtype=torch.int32), "origins to have a row of 2 for each of the "
+         "extents [3, 4], got [3, 3]"),
+        (4, [0, 3], "kernel_size to be positive, got (0, 3)"),
+        (5, [1, 0], "stride to be positive, got (1, 0)"),
+        (6, [-1, 0], "padding not to be negative, got (-1, 0)"),
+        (7, [1], "dilation to be (height, width), got [1]"),
+        (8, [0, 1], "window_size to be positive, got (0, 1)"),
+    ],
+)  # fmt: skip
+def test_bad_pool_calls_are_told_in_the_same_words(
+    position: int, value: Any, expected: str, device: str
+) -> None:
+    case = next(case for case in CASES if str(case) == "hole_max_pool2d-windows")
+    arguments = case.arguments("cpu", torch.float32, batch=1)
+    arguments[position] = value
+    assert_all_forms_say("hole_max_pool2d", expected, arguments, device)
+
+
+@pytest.mark.parametrize(
     ("position", "change", "expected"),
     [
         (2, (1, 0, 7), "every extent inside the 9x8 map, got extent 1 of 4x3 at row 7, column 3"),
@@ -237,6 +279,6 @@ def test_geometry_that_would_read_elsewhere_is_an_error_on_the_cpu(
     if position == 2 and change[:2] == (2, 2):
         arguments[2][2, 0] = 4  # so that the larger extent is inside the map
     arguments[position][change[:-1]] = change[-1]
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=r"^hole_conv2d: ") as caught:
         torch.ops.glance_ext.hole_conv2d(*arguments)
     assert str(caught.value).splitlines()[0] == f"hole_conv2d: expected {expected}"

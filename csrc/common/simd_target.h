@@ -1,0 +1,46 @@
+// Functions for one instruction set, chosen at run time, in a library that runs everywhere: the
+// body is GLANCE_INLINE, and a function with GLANCE_TARGET around it has the compiler vectorise it
+// anew.
+#pragma once
+
+#if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
+#define GLANCE_X86_TARGETS 1
+#define GLANCE_TARGET_AVX2 __attribute__((target("avx2,fma")))
+#if defined(__clang__)
+#define GLANCE_TARGET_AVX512 __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw")))
+#else
+#define GLANCE_TARGET_AVX512 \
+  __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,prefer-vector-width=512")))
+#endif
+#endif
+
+#if defined(__GNUC__) || defined(__clang__)
+#define GLANCE_INLINE inline __attribute__((always_inline))
+#define GLANCE_RESTRICT __restrict__
+#else
+#define GLANCE_INLINE inline
+#define GLANCE_RESTRICT __restrict
+#endif
+
+namespace glance {
+
+enum class SimdTarget { kPlain, kAvx2, kAvx512 };
+
+// The widest that this processor runs.
+inline SimdTarget best_simd_target() {
+#ifdef GLANCE_X86_TARGETS
+  static const SimdTarget best = [] {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")) {
+      return SimdTarget::kAvx512;
+    }
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return SimdTarget::kAvx2;
+    return SimdTarget::kPlain;
+  }();
+  return best;
+#else
+  return SimdTarget::kPlain;
+#endif
+}
+
+}  // namespace glance

@@ -1,0 +1,129 @@
+"""The documents and the picture say what the committed results say."""
+
+import importlib.util
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look for their module
+    spec.loader.exec_module(module)
+    return module
+
+
+plots = script("plots")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """The committed results, and a copy in which detection of one image takes twice as long."""
+    slower = tmp_path_factory.mktemp("results")
+    for path in plots.RESULTS.glob("*.json"):
+        shutil.copy(path, slower)
+    for path in slower.glob("detect--*.json"):
+        data = json.loads(path.read_text(encoding="utf-8"))
+        for row in data["results"]:
+            if row["case"].endswith("/stride4_n1") and row["variant"] == "ours":
+                row["median_ms"] *= 2
+        path.write_text(json.dumps(data), encoding="utf-8")
+    return slower
+
+
+@pytest.mark.parametrize("path", plots.DOCUMENTS, ids=lambda path: path.name)
+def test_a_document_says_what_the_committed_results_say(path: Path, results: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert plots.rewrite(text, plots.regions()) == text
+    assert plots.rewrite(text, plots.regions(results)) != text
+
+
+def test_every_region_stands_in_a_document() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in plots.DOCUMENTS)
+    assert sorted(re.findall(r"<!-- table: ([\w-]+) -->", text)) == sorted(plots.regions())
+
+
+def test_the_tables_figures_are_the_files() -> None:
+    (first, *_) = plots.load(plots.RESULTS, "detect")
+    case = "detect/map/stride4_n1"
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in plots.regions()["detect-stages"].splitlines()
+    ]
+    row = next(row for row in rows if row[0] == f"{first.machine}, {first.dtype}, all")
+    ours, floor = first.rows[case, "ours"]["median_ms"], first.rows[case, "limit"]["median_ms"]
+    shown = dict(zip(rows[0], row, strict=True))
+    assert float(shown["measured ms"]) == pytest.approx(ours, rel=5e-3)
+    assert float(shown["floor ms"]) == pytest.approx(floor, rel=5e-3)
+    assert float(shown["measured / floor"].removesuffix("x")) == pytest.approx(
+        ours / floor, rel=5e-3
+    )
+
+
+def test_ratios_of_the_ops_have_a_row_for_each_case() -> None:
+    for op, region in (
+        ("partial_conv2d", "ops-partial-conv2d"),
+        ("aggregate_patch_scores", "ops-aggregate"),
+    ):
+        cases = {
+            case
+            for run in plots.load(plots.RESULTS, "ops")
+            for case, _ in run.rows
+            if case.startswith(op)
+        }
+        shown = re.findall(r"^\| (\S+/\S+) \|", plots.regions()[region], re.MULTILINE)
+        assert len(cases) > 5
+        assert set(shown) == cases
+
+
+def test_numbers_have_three_digits() -> None:
+    values = (12345.6, 123.4, 12.34, 1.234, 0.1234)
+    assert [plots.number(value) for value in values] == ["12,346", "123", "12.3", "1.23", "0.123"]
+    assert plots.times(None) == plots.ms(None) == plots.mib(None) == "-"
+
+
+def test_the_committed_picture_is_of_the_committed_results(results: Path, tmp_path: Path) -> None:
+    """Fonts differ from machine to machine, so the picture says of which files it is."""
+    with Image.open(plots.PICTURE) as committed:
+        assert committed.text["Description"] == plots.digest()
+        size = committed.size
+    assert plots.digest(results) != plots.digest()
+    plots.draw(tmp_path / "again.png")
+    with Image.open(tmp_path / "again.png") as again:
+        assert again.size == size
+        assert again.text["Description"] == plots.digest()
+
+
+def test_the_picture_shows_bars_as_high_as_the_results(results: Path, tmp_path: Path) -> None:
+    def blue_pixels(path: Path) -> int:
+        with Image.open(path) as image:
+            return sum(pixel[:3] == (0, 114, 178) for pixel in image.convert("RGB").getdata())
+
+    plots.draw(tmp_path / "committed.png")
+    plots.draw(tmp_path / "slower.png", results)
+    assert blue_pixels(tmp_path / "slower.png") > blue_pixels(tmp_path / "committed.png") * 1.02
+
+
+def test_the_drawing_shows_the_windows_that_are_computed(tmp_path: Path) -> None:
+    drawing = script("drawing")
+    windows = drawing.hole_windows()
+    sides = [side for side, *_ in windows]
+    assert sides == [256, 125, 62, 30, 28, 13, 11, 5, 3, 1]
+    assert windows[0] == (256, *drawing.HOLE, 33)
+    assert [window for *_, window in windows][1:4] == [20, 11, 7]
+    starts = [188, 192, 223]
+    shared = drawing.places(starts)
+    assert [step for _, step, _ in shared] == [1, 1, 2, 2, 4, 4, 4]
+    assert shared[-1][2] == set(starts)
+    assert max(shared[0][2]) == 223 + 31  # K = 5 does not see the last pixel of a patch
+    drawing.draw(tmp_path / "drawing.png")
+    with Image.open(tmp_path / "drawing.png") as drawn, Image.open(drawing.PICTURE) as committed:
+        assert drawn.size == committed.size

@@ -1,0 +1,413 @@
+// csrc/hole_windows: the CPU kernels, and the CUDA kernels' indices and the whole of the CUDA
+// convolution on an emulated block, against the equations of hole_windows.h.
+#include "hole_windows/hole_windows.h"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "emulated_block.h"
+#include "hole_cases.h"
+#include "hole_windows/hole_conv_kernel.h"
+#include "hole_windows/hole_conv_tile.h"
+#include "hole_windows/hole_windows_tile.h"
+
+using glance::accumulate_t;
+using glance::BFloat16;
+using glance::Half;
+using glance::HoleConvParams;
+using glance::HoleGatherBackwardParams;
+using glance::widen;
+using glance_test::HoleCase;
+using glance_test::HoleSizes;
+using glance_test::name_of;
+using glance_test::Random;
+using glance_test::Range;
+using glance_test::Schedule;
+using glance_test::Type;
+
+namespace {
+
+// Layers of Global-Net on a few holes, and shapes at the edges of what the tiles do.
+const HoleSizes kFixed[] = {
+    {2, 2, 3, 16, false, false, 40, 40, 33, 33, 7, 7, 2, 0, 1, 12, 12, 0, true},
+    {2, 3, 16, 32, false, true, 14, 14, 8, 8, 3, 3, 2, 0, 1, 5, 5, 0, true},
+    {1, 6, 64, 128, false, true, 9, 9, 5, 5, 3, 3, 2, 0, 1, 5, 5, 0, true},
+    {1, 130, 8, 130, false, true, 3, 3, 1, 1, 3, 3, 1, 0, 1, 1, 1, 1, false},
+    {1, 1, 1, 1, false, true, 3, 3, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, false},
+    {3, 5, 24, 64, true, true, 8, 9, 6, 6, 3, 2, 1, 2, 2, 6, 6, 0.01, true},
+    {1, 2, 8, 16, false, true, 9, 9, 4, 4, 5, 5, 1, 2, 1, 1, 1, 1, true},
+};
+
+// --- convolution
+// ----------------------------------------------------------------------------------
+
+template <typename T>
+void expect_output(const HoleCase<T>& call, const std::vector<T>& output, double product_epsilon) {
+  const HoleSizes& s = call.sizes;
+  size_t at = 0;
+  for (int64_t b = 0; b < call.window_count(); ++b)
+    for (int64_t i = 0; i < s.out_height; ++i)
+      for (int64_t j = 0; j < s.out_width; ++j)
+        for (int64_t k = 0; k < s.out_channels; ++k) {
+          const auto expected = call.output(b, i, j, k);
+          const double smallest = std::is_same_v<T, Half> ? 6e-8 : 0;  // step of subnormals
+          const double tolerance = smallest + Type<T>::kEpsilon * std::abs(expected.value) +
+                                   product_epsilon * expected.magnitude;
+          EXPECT_NEAR(widen(output[at]), expected.value, tolerance);
+          ++at;
+        }
+}
+
+template <typename T>
+size_t output_size(const HoleCase<T>& call) {
+  const HoleSizes& s = call.sizes;
+  return call.window_count() * s.out_height * s.out_width * s.out_channels;
+}
+
+// A few roundings of the accumulate type for each product.
+template <typename T>
+double sum_epsilon() {
+  return 8 * Type<accumulate_t<T>>::kEpsilon;
+}
+
+template <typename T>
+void check_cpu_convolution(const HoleSizes& sizes, uint64_t seed) {
+  const HoleCase<T> call(sizes, seed);
+  HoleConvParams p = call.conv;
+  std::vector<char> packed(glance::packed_weight_bytes(p) + 64);
+  p.packed = packed.data();
+  std::vector<T> output = glance_test::poison<T>(output_size(call));
+  p.output = output.data();
+  glance_test::run_in_pieces(glance::pack_weight_cpu, p, glance::weight_panels(p));
+  glance_test::run_in_pieces(glance::hole_conv_cpu, p, call.window_count());
+  expect_output(call, output, sum_epsilon<T>());
+}
+
+// Memory aligned like CUDA's.
+class Aligned {
+ public:
+  explicit Aligned(int64_t bytes) : storage_(bytes + 32, '\xcb') {}
+  char* data() {
+    char* start = storage_.data();
+    return start + (16 - reinterpret_cast<uintptr_t>(start) % 16) % 16;
+  }
+
+ private:
+  std::vector<char> storage_;
+};
+
+template <typename T>
+const void* padded_pixels(const void* pixels, char* to, int64_t bytes, int64_t count,
+                          int64_t channels, int64_t padded) {
+  if (bytes == 0) return pixels;
+  for (int64_t i = 0; i < count * padded; ++i) {
+    const int64_t from = glance::unpadded(i, channels, padded);
+    reinterpret_cast<T*>(to)[i] = from < 0 ? T{} : static_cast<const T*>(pixels)[from];
+  }
+  return to;
+}
+
+// What the launcher does, in its order, with a loop over blocks in place of the launch.
+template <typename Tile, typename T>
+void run_tiles(const HoleCase<T>& call, const HoleConvParams& p, Schedule schedule) {
+  EXPECT(glance::fits_conv_tile<Tile>(p));
+  const glance::ConvWorkspace space = glance::conv_workspace<Tile>(p);
+  Aligned workspace(space.total());
+  glance::ConvWork w = glance::conv_work<Tile>(p);
+  w.conv.packed = workspace.data();
+  const int64_t base_count = p.batch * p.height * p.width;
+  const int64_t window_count = p.window_count() * p.window_height * p.window_width;
+  char* copies = workspace.data() + space.packed;
+  w.conv.base =
+      padded_pixels<T>(p.base, copies, space.base, base_count, p.channels, w.conv.channels);
+  w.conv.windows = padded_pixels<T>(p.windows, copies + space.base, space.windows, window_count,
+                                    p.channels, w.conv.channels);
+  for (int64_t i = 0; i < space.packed / int64_t(sizeof(T)); ++i) {
+    const int64_t from = glance::packed_source<Tile>(w, i);
+    T value = from < 0 ? T{} : call.weight[from];
+    if constexpr (std::is_same_v<T, float> && Tile::kMath == glance::Math::kTensor) {
+      value =
+          glance::bits_to_float(glance_test::EmulatedWarp::tf32_bits(glance::float_to_bits(value)));
+    }
+    reinterpret_cast<T*>(workspace.data())[i] = value;
+  }
+  const int64_t pixel = w.conv.channels * sizeof(T);
+  const std::vector<Range> inputs{{workspace.data(), space.packed},
+                                  {static_cast<const char*>(w.conv.base), base_count * pixel},
+                                  {static_cast<const char*>(w.conv.windows), window_count * pixel}};
+  const int64_t bytes = glance::TileMemory<Tile>::bytes(w.taps);
+  for (int64_t block = 0; block < w.blocks; ++block) {
+    Aligned shared(bytes);
+    glance_test::EmulatedBlock emulated(Tile::kThreads, schedule, {shared.data(), bytes}, inputs);
+    glance::convolve_tile<Tile>(emulated, w, block, shared.data());
+  }
+}
+
+template <typename T>
+void check_cuda_convolution(const HoleSizes& sizes, uint64_t seed, bool tf32 = false) {
+  const HoleCase<T> call(sizes, seed);
+  const Schedule schedules[] = {{false, false}, {false, true}, {true, false}, {true, true}};
+  const bool large = sizes.channels * sizes.out_channels > 1000;
+  for (int i = 0; i < 4; i += large ? 3 : 1) {
+    HoleConvParams p = call.conv;
+    p.tf32 = tf32;
+    std::vector<T> aligned(output_size(call) + 32, T{});
+    T* output = aligned.data();
+    while (reinterpret_cast<uintptr_t>(output) % 16) ++output;
+    p.output = output;
+    if (p.cell_count > 0) {
+      glance::dispatch_conv_tile(
+          p, [&](auto tag) { run_tiles<typename decltype(tag)::type>(call, p, schedules[i]); });
+    }
+    const double tf32_epsilon = 1.0 / 1024;  // two factors, each rounded by half of that
+    expect_output(call, std::vector<T>(output, output + output_size(call)),
+                  tf32 ? tf32_epsilon : sum_epsilon<T>());
+  }
+}
+
+// --- gather and scatter
+// ----------------------------------------------------------------------------
+
+template <typename T>
+HoleGatherBackwardParams gather_params(const HoleCase<T>& call) {
+  HoleGatherBackwardParams p;
+  static_cast<glance::HoleWindowsParams&>(p) = call.conv;
+  p.tile_height = 4;
+  p.tile_width = 3;
+  p.fill = -1.5;
+  p.origins = call.origins.data();
+  return p;
+}
+
+template <typename T, typename I>
+void check_gather(const HoleSizes& sizes, uint64_t seed) {
+  using A = accumulate_t<T>;
+  const HoleCase<T> call(sizes, seed);
+  HoleGatherBackwardParams p = gather_params(call);
+  const int64_t c = p.channels, count = p.window_count() * p.tile_height * p.tile_width;
+  std::vector<T> tiles = glance_test::poison<T>(count * c);
+  p.tiles = tiles.data();
+  glance_test::run_in_pieces(glance::gather_holes_cpu, p, p.window_count());
+  for (I cell = 0; cell < count; ++cell) {
+    const int64_t b = cell / (p.tile_height * p.tile_width);
+    const glance::Position at =
+        glance::tile_pixel(p, b, cell / p.tile_width % p.tile_height, cell % p.tile_width);
+    const glance::Pixel<I> pixel = glance::composed_pixel<I>(p, I(b), at.y, at.x);
+    for (int64_t i = 0; i < c; ++i) {
+      const double expected = call.input(b, at.y, at.x, i, p.fill);
+      EXPECT_NEAR(widen(tiles[cell * c + i]), expected, 0);
+      double got = 0;
+      if (pixel.source == glance::Source::kOutside) got = p.fill;
+      if (pixel.source == glance::Source::kBase) got = widen(call.base[pixel.index * c + i]);
+      if (pixel.source == glance::Source::kWindow) got = widen(call.windows[pixel.index * c + i]);
+      EXPECT_NEAR(got, expected, 0);
+    }
+  }
+
+  Random random(seed);
+  const std::vector<T> grad = glance_test::random_values<T>(random, count * c);
+  std::vector<T> grad_base = glance_test::poison<T>(call.base.size());
+  std::vector<T> grad_windows = glance_test::poison<T>(call.windows.size());
+  p.grad_tiles = grad.data();
+  p.grad_base = grad_base.data();
+  p.grad_windows = grad_windows.data();
+  glance_test::run_in_pieces(glance::scatter_base_cpu, p, p.batch * p.height);
+  if (sizes.windows) {
+    glance_test::run_in_pieces(glance::scatter_windows_cpu, p, p.window_count());
+  }
+  // The gather turned round: each tile's element belongs where it came from.
+  std::vector<double> expected_base(call.base.size()), expected_windows(call.windows.size());
+  for (int64_t cell = 0; cell < count; ++cell) {
+    const int64_t b = cell / (p.tile_height * p.tile_width), g = call.geometry(b);
+    const int64_t y = call.origins[g * 2] + cell / p.tile_width % p.tile_height;
+    const int64_t x = call.origins[g * 2 + 1] + cell % p.tile_width;
+    if (y < 0 || y >= p.height || x < 0 || x >= p.width) continue;
+    for (int64_t i = 0; i < c; ++i) {
+      const double value = widen(grad[cell * c + i]);
+      if (!call.covers(b, y, x)) {
+        expected_base[((b / p.holes * p.height + y) * p.width + x) * c + i] += value;
+      } else if (sizes.windows) {
+        const int64_t row = b * p.window_height + y - call.extent(b)[0];
+        expected_windows[(row * p.window_width + x - call.extent(b)[1]) * c + i] += value;
+      }
+    }
+  }
+  const double tolerance = 40 * Type<T>::kEpsilon;  // up to 27 values of at most 2
+  for (int64_t pixel = 0; pixel < p.batch * p.height * p.width; ++pixel) {
+    for (int64_t i = 0; i < c; ++i) {
+      const int64_t n = pixel / (p.height * p.width);
+      A sum = 0;
+      for (int64_t b = n * p.holes; b < (n + 1) * p.holes; ++b) {
+        const I from =
+            glance::tile_of_base_pixel<I>(p, I(b), pixel / p.width % p.height, pixel % p.width);
+        if (from >= 0) sum += widen(grad[from * c + i]);
+      }
+      EXPECT_NEAR(widen(grad_base[pixel * c + i]), expected_base[pixel * c + i], tolerance);
+      EXPECT_NEAR(widen(glance::narrow<T>(sum)), widen(grad_base[pixel * c + i]), 0);
+    }
+  }
+  for (int64_t at = 0; sizes.windows && at < int64_t(call.windows.size()); ++at) {
+    const int64_t cell = at / c, b = cell / (p.window_height * p.window_width);
+    const I from = glance::tile_of_window_cell<I>(p, I(b), cell / p.window_width % p.window_height,
+                                                  cell % p.window_width);
+    EXPECT_NEAR(widen(grad_windows[at]), expected_windows[at], 0);
+    EXPECT_NEAR(from < 0 ? 0.0 : widen(grad[from * c + at % c]), expected_windows[at], 0);
+  }
+}
+
+// --- pooling
+// ---------------------------------------------------------------------------------------
+
+template <typename T, typename I>
+void check_pool(const HoleSizes& sizes, uint64_t seed) {
+  const HoleCase<T> call(sizes, seed);
+  glance::HolePoolParams p;
+  static_cast<glance::HoleWindowsParams&>(p) = call.conv;
+  p.out_height = sizes.out_height;
+  p.out_width = sizes.out_width;
+  for (int axis = 0; axis < 2; ++axis) {
+    p.kernel[axis] = call.conv.kernel[axis];
+    p.stride[axis] = sizes.stride;
+    p.padding[axis] = sizes.padding;
+    p.dilation[axis] = sizes.dilation;
+  }
+  p.origins = call.origins.data();
+  const int64_t c = p.channels, count = p.window_count() * p.out_height * p.out_width;
+  std::vector<T> output = glance_test::poison<T>(count * c);
+  p.output = output.data();
+  glance_test::run_in_pieces(glance::hole_max_pool_cpu, p, p.window_count());
+  const double nothing = -std::numeric_limits<double>::infinity();
+  for (int64_t cell = 0; cell < count; ++cell) {
+    const int64_t b = cell / (p.out_height * p.out_width), g = call.geometry(b);
+    const int64_t i = cell / p.out_width % p.out_height, j = cell % p.out_width;
+    const glance::WindowRow<I> row = glance::pool_row<I>(p, b, i, j);
+    for (int64_t channel = 0; channel < c; ++channel) {
+      double expected = nothing, got = nothing;
+      for (int32_t y = 0; y < p.kernel[0]; ++y) {
+        for (int32_t x = 0; x < p.kernel[1]; ++x) {
+          const int32_t tap_y = y * int32_t(sizes.dilation), tap_x = x * int32_t(sizes.dilation);
+          expected = std::max(
+              expected,
+              call.input(b, (call.origins[g * 2] + i) * sizes.stride - sizes.padding + tap_y,
+                         (call.origins[g * 2 + 1] + j) * sizes.stride - sizes.padding + tap_x,
+                         channel, nothing));
+          const I place = glance::tap_place<I>(p, row, tap_y, tap_x);
+          if (place == glance::kOutside<I>) continue;
+          double value = 0;
+          if (place >= 0) value = widen(call.base[place * c + channel]);
+          if (place < 0 && place != glance::kHole<I>) {
+            value = widen(call.windows[~place * c + channel]);
+          }
+          got = std::max(got, value);
+        }
+      }
+      EXPECT_NEAR(widen(output[cell * c + channel]), expected, 0);
+      EXPECT_NEAR(got, expected, 0);
+    }
+  }
+}
+
+// --- extents and cells that a CUDA op does not look at
+// ---------------------------------------------
+
+void check_wild_geometry(uint64_t seed) {
+  glance_test::context = "wild geometry";
+  Random random(seed);
+  HoleSizes sizes = glance_test::random_sizes(random);
+  sizes.own_geometry = false;
+  HoleCase<float> call(sizes, seed);
+  const auto wild = [&](int32_t& value) {
+    const int32_t values[] = {INT32_MIN, -1000, -1, 0, 7, 1000, INT32_MAX};
+    if (random.below(2)) value = values[random.below(7)];
+  };
+  for (int32_t& value : call.extents) wild(value);
+  for (int32_t& value : call.origins) wild(value);
+  for (int32_t& value : call.cells) wild(value);
+  const HoleConvParams& p = call.conv;
+  const int64_t base_count = p.batch * p.height * p.width;
+  const int64_t window_count = p.window_count() * p.window_height * p.window_width;
+  for (int64_t r = 0; r < (p.cell_count ? glance::conv_rows(p) : 0); ++r) {
+    const auto row = glance::conv_row<int64_t>(p, r);
+    const auto window_row = glance::window_row<int32_t>(p, row.window, row.y, row.x);
+    if (row.window >= 0) {
+      EXPECT(row.output >= 0 && row.output < p.window_count() * p.out_height * p.out_width);
+      EXPECT(row.cell >= 0 && row.cell < int64_t(call.ratio.size()));
+    }
+    for (int32_t y = 0; y < p.kernel[0]; ++y) {
+      for (int32_t x = 0; x < p.kernel[1]; ++x) {
+        const int32_t place = glance::tap_place(p, window_row, y, x);
+        if (row.window < 0) {
+          EXPECT(place == glance::kOutside<int32_t>);
+          continue;
+        }
+        const auto pixel = glance::composed_pixel<int64_t>(p, row.window, row.y + y, row.x + x);
+        switch (pixel.source) {
+          case glance::Source::kBase:
+            EXPECT(place == pixel.index && place < base_count);
+            break;
+          case glance::Source::kWindow:
+            EXPECT(~place == pixel.index && ~place < window_count);
+            break;
+          case glance::Source::kHole:
+            EXPECT(place == glance::kHole<int32_t>);
+            break;
+          case glance::Source::kOutside:
+            EXPECT(place == glance::kOutside<int32_t>);
+        }
+      }
+    }
+  }
+}
+
+// Every element of the weight stands in the packed one once; the rest is padding.
+template <typename Tile>
+void check_packing(int64_t channels, int64_t out_channels) {
+  HoleConvParams p;
+  p.batch = p.holes = p.geometry_rows = p.cell_count = 1;
+  p.channels = channels;
+  p.out_channels = out_channels;
+  p.kernel[0] = 3;
+  p.kernel[1] = 2;
+  const glance::ConvWork w = glance::conv_work<Tile>(p);
+  std::vector<int> seen(out_channels * channels * 6);
+  const int64_t count = glance::conv_workspace<Tile>(p).packed / sizeof(typename Tile::T);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t from = glance::packed_source<Tile>(w, i);
+    EXPECT(from >= -1 && from < int64_t(seen.size()));
+    if (from >= 0) ++seen[from];
+  }
+  EXPECT(std::all_of(seen.begin(), seen.end(), [](int times) { return times == 1; }));
+}
+
+template <typename T>
+void check_type() {
+  for (uint64_t seed = 0; seed < 24; ++seed) {
+    Random random(1000 + seed);
+    const HoleSizes sizes =
+        seed < std::size(kFixed) ? kFixed[seed] : glance_test::random_sizes(random);
+    glance_test::context = name_of(sizes);
+    check_cpu_convolution<T>(sizes, seed);
+    check_cuda_convolution<T>(sizes, seed);
+    if constexpr (std::is_same_v<T, float>) check_cuda_convolution<T>(sizes, seed, true);
+    check_gather<T, int32_t>(sizes, seed);
+    check_gather<T, int64_t>(sizes, seed);
+    check_pool<T, int32_t>(sizes, seed);
+    check_pool<T, int64_t>(sizes, seed);
+  }
+}
+
+}  // namespace
+
+int main() {
+  check_type<float>();
+  check_type<double>();
+  check_type<Half>();
+  check_type<BFloat16>();
+  for (uint64_t seed = 0; seed < 60; ++seed) check_wild_geometry(seed);
+  glance_test::context = "packing";
+  check_packing<glance::ConvTile<Half, glance::Math::kTensor, 16, 8>>(3, 17);
+  check_packing<glance::ConvTile<Half, glance::Math::kTensor, 128, 16>>(24, 130);
+  check_packing<glance::ConvTile<float, glance::Math::kPlain, 32, 16>>(5, 40);
+  return glance_test::finish("hole_windows");
+}
