@@ -10,6 +10,8 @@
 namespace glance {
 namespace {
 
+constexpr int64_t kPackChannels = 8;  // whose taps of a panel fit into the innermost cache
+
 // Packs the panel whose first weight is `weight`, one value after the other.
 template <typename Plan>
 void pack_values(const Plan& plan, const typename Plan::Stored* weight, int64_t real,
@@ -52,14 +54,20 @@ void pack_blocks(const PartialConvParams& p, const SweepPlan<float, float, float
     }
     return;
   }
-  std::vector<float> window(taps * columns);
-  for (int64_t c = 0; c < plan.source_channels; ++c) {
-    transpose(weight + c * plan.weight_source, plan.weight_column, real, taps, window.data(),
-              columns);
+  // Taps of neighbouring channels are neighbours where the source's channels are the weight's.
+  const int64_t most = plan.weight_source == taps ? kPackChannels : 1;
+  std::vector<float> windows(most * taps * columns);
+  for (int64_t c = 0; c < plan.source_channels; c += most) {
+    const int64_t count = std::min(most, plan.source_channels - c);
+    transpose(weight + c * plan.weight_source, plan.weight_column, real, count * taps,
+              windows.data(), columns);
     for (const Phase& phase : plan.phases) {
       float* to = panel + phase.packed + c * columns;
       for (const Tap& tap : phase.taps) {
-        std::memcpy(to, window.data() + tap.weight * columns, columns * sizeof(float));
+        for (int64_t i = 0; i < count; ++i) {
+          std::memcpy(to + i * columns, windows.data() + (i * taps + tap.weight) * columns,
+                      columns * sizeof(float));
+        }
         to += plan.pitch * columns;
       }
     }
@@ -208,29 +216,49 @@ class SweepWorker {
       for (int64_t a = 0; a < plan_.step[1]; ++a) {
         const int64_t at = (tile.cell_y + y / plan_.step[0]) * plan_.advance[0];
         Rows* rows = rows_of(in_row + a, at);
-        const C* from = tile.source + source_y * plan_.pitch;
-        const int64_t strip = plan_.kernel.strip, next = plan_.step[1];
-        for (int64_t x = a; x < tile.width; x += strip * next) {
-          bool filled = false;
-          for (int64_t i = x; i < std::min(x + strip * next, tile.width); i += next) {
-            const bool valid = rows && ratio[i] > 0;
-            filled = filled || valid;
-            if (!valid) empty_.push_back(tile.place(*this, y, i));
-          }
-          if (filled) {
-            rows->source.push_back(from);
-            for (int64_t i = x; i < x + strip * next; i += next) {
-              const bool valid = i < tile.width && ratio[i] > 0;
-              rows->ratio.push_back(valid ? ratio[i] : A(0));
-              rows->place.push_back(valid ? tile.place(*this, y, i) : kNowhere);
-            }
-            any = true;
-          }
-          from += strip * plan_.advance[1] * plan_.pitch;
-        }
+        any = list_row(tile, rows, ratio, y, a, tile.source + source_y * plan_.pitch) || any;
       }
     }
     return any;
+  }
+
+  // Lists the cells of one phase in a row of the tile: pixels a, a + step, ... of row y.
+  bool list_row(const Tile& tile, Rows* rows, const A* ratio, int64_t y, int64_t a, const C* from) {
+    const int64_t strip = plan_.kernel.strip, next = plan_.step[1];
+    const int64_t advance = strip * plan_.advance[1] * plan_.pitch;
+    const int64_t cells = (tile.width - a + next - 1) / next;
+    int64_t place = tile.place(*this, y, a);
+    if (!rows) {
+      for (int64_t i = 0; i < cells; ++i, place += next) empty_.push_back(place);
+      return false;
+    }
+    const size_t strips = rows->source.size(), listed = rows->place.size();
+    const int64_t most = (cells + strip - 1) / strip;
+    rows->source.resize(strips + most);
+    rows->ratio.resize(listed + most * strip);
+    rows->place.resize(listed + most * strip);
+    const C** source_at = rows->source.data() + strips;
+    A* ratio_at = rows->ratio.data() + listed;
+    int64_t* place_at = rows->place.data() + listed;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < cells; i += strip, from += advance) {
+      bool filled = false;
+      for (int64_t m = 0; m < strip; ++m, place += next) {
+        const bool inside = i + m < cells;
+        const A own = inside ? ratio[a + (i + m) * next] : A(0);
+        const bool valid = own > 0;
+        if (inside && !valid) empty_.push_back(place);
+        filled = filled || valid;
+        ratio_at[kept * strip + m] = own;
+        place_at[kept * strip + m] = valid ? place : kNowhere;
+      }
+      source_at[kept] = from;
+      kept += filled;
+    }
+    rows->source.resize(strips + kept);
+    rows->ratio.resize(listed + kept * strip);
+    rows->place.resize(listed + kept * strip);
+    return kept > 0;
   }
 
   // The list of a phase's cells at row `at` of the source; null if no tap meets it.

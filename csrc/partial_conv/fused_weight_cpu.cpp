@@ -204,30 +204,35 @@ class WeightGradient {
       grad_bias[group * out_ + k] = narrow<T>(static_cast<A>(bias_[k]));
     }
     if (!p_.grad_weight) return;
-    const bool taps_first = p_.weight_strides[3] == 1 && p_.weight_strides[2] == p_.kernel[1];
-    parallel_(panels_ * in_, [&](int64_t begin, int64_t end) {
-      const int64_t taps = p_.kernel[0] * p_.kernel[1];
-      std::vector<A> window(taps * kernel_.columns);
+    // A row of the gradient's memory is either the taps of a channel or the channels of a tap.
+    const bool channels_first = p_.weight_strides[1] == 1 && in_ > 1;
+    const int64_t taps = p_.kernel[0] * p_.kernel[1];
+    const int64_t rows = channels_first ? taps : in_, length = channels_first ? in_ : taps;
+    parallel_(panels_ * rows, [&](int64_t begin, int64_t end) {
+      std::vector<A> window(length * kernel_.columns);
       for (int64_t index = begin; index < end; ++index) {
-        const int64_t panel = index / in_, c = index % in_, first = panel * kernel_.columns;
+        const int64_t panel = index / rows, row = index % rows, first = panel * kernel_.columns;
         const int64_t width = std::min(kernel_.columns, out_ - first);
-        for (int64_t tap = 0; tap < taps; ++tap) {
-          std::copy_n(sum_of(panel, tap, c), kernel_.columns,
-                      window.data() + tap * kernel_.columns);
+        for (int64_t i = 0; i < length; ++i) {
+          const A* sum = channels_first ? sum_of(panel, row, i) : sum_of(panel, i, row);
+          std::copy_n(sum, kernel_.columns, window.data() + i * kernel_.columns);
         }
-        T* to = static_cast<T*>(p_.grad_weight) + (group * out_ + first) * p_.weight_strides[0] +
-                c * p_.weight_strides[1];
+        const auto place = [&](int64_t i) {
+          const int64_t c = channels_first ? i : row, tap = channels_first ? row : i;
+          return c * p_.weight_strides[1] + tap / p_.kernel[1] * p_.weight_strides[2] +
+                 tap % p_.kernel[1] * p_.weight_strides[3];
+        };
+        T* to = static_cast<T*>(p_.grad_weight) + (group * out_ + first) * p_.weight_strides[0];
         if constexpr (std::is_same_v<T, A>) {
-          if (taps_first) {
-            transpose(window.data(), kernel_.columns, taps, width, to, p_.weight_strides[0]);
+          if (place(length - 1) - place(0) == length - 1) {
+            transpose(window.data(), kernel_.columns, length, width, to + place(0),
+                      p_.weight_strides[0]);
             continue;
           }
         }
-        for (int64_t k = 0; k < width; ++k) {
-          for (int64_t tap = 0; tap < taps; ++tap) {
-            to[k * p_.weight_strides[0] + tap / p_.kernel[1] * p_.weight_strides[2] +
-               tap % p_.kernel[1] * p_.weight_strides[3]] =
-                narrow<T>(window[tap * kernel_.columns + k]);
+        for (int64_t i = 0; i < length; ++i) {
+          for (int64_t k = 0; k < width; ++k) {
+            to[k * p_.weight_strides[0] + place(i)] = narrow<T>(window[i * kernel_.columns + k]);
           }
         }
       }
