@@ -31,10 +31,14 @@ INSTALL = "pip install 'setuptools>=77' ninja 'torch>=2.10' && pip install --no-
 
 # CMakeLists.txt names the same files; tests/test_build.py keeps the lists equal.
 KERNEL_SOURCES = [
+    "csrc/common/transpose.cpp",
     "csrc/hole_windows/hole_conv_cpu.cpp",
     "csrc/hole_windows/hole_sequence_cpu.cpp",
     "csrc/hole_windows/hole_windows_cpu.cpp",
     "csrc/hole_windows/micro_kernel.cpp",
+    "csrc/partial_conv/fused_sweep_cpu.cpp",
+    "csrc/partial_conv/fused_weight_cpu.cpp",
+    "csrc/partial_conv/outer_kernel.cpp",
     "csrc/partial_conv/partial_conv_cpu.cpp",
     "csrc/patch_scores/grid_geometry.cpp",
     "csrc/patch_scores/grid_passes.cpp",
@@ -56,6 +60,7 @@ OP_SOURCES = [
     "csrc/hole_windows/hole_sequence_op.cpp",
     "csrc/hole_windows/hole_windows_op.cpp",
     "csrc/partial_conv/partial_conv_op.cpp",
+    "csrc/partial_conv/partial_conv_paths.cpp",
     "csrc/patch_scores/patch_scores_op.cpp",
 ]
 BINDING_SOURCES = ["csrc/bindings.cpp"]

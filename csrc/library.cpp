@@ -6,12 +6,15 @@ TORCH_LIBRARY(glance_ext, m) {
   // (output, mask_out); csrc/partial_conv/partial_conv.h
   m.def(
       "partial_conv2d(Tensor input, Tensor mask, Tensor weight, Tensor? bias, SymInt[2] stride, "
-      "SymInt[2] padding, SymInt[2] dilation, SymInt groups) -> (Tensor, Tensor)");
-  // (grad_input, grad_weight, grad_bias), each empty where output_mask says that nobody asks
+      "SymInt[2] padding, SymInt[2] dilation, SymInt groups, float negative_slope=1.0) "
+      "-> (Tensor, Tensor)");
+  // (grad_input, grad_weight, grad_bias), each empty where output_mask says that nobody asks; the
+  // output is needed where there is an activation
   m.def(
       "partial_conv2d_backward(Tensor grad_output, Tensor input, Tensor mask, Tensor weight, "
       "SymInt[2] stride, SymInt[2] padding, SymInt[2] dilation, SymInt groups, "
-      "bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+      "bool[3] output_mask, Tensor? output=None, float negative_slope=1.0) "
+      "-> (Tensor, Tensor, Tensor)");
 
   // map (N, H, W); csrc/patch_scores/patch_scores.h. `parameter` is gaussian's sigma as a share of
   // the patch, or idw's power.

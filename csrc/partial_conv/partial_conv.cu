@@ -85,12 +85,15 @@ __global__ void rescale_kernel(PartialConvParams p, I count) {
   const I pixels = static_cast<I>(p.out_height * p.out_width);
   const A* ratio = static_cast<const A*>(p.ratio);
   const T* bias = static_cast<const T*>(p.bias);
+  const T* plain = static_cast<const T*>(p.plain);
   T* output = static_cast<T*>(p.output);
+  const A slope = static_cast<A>(p.negative_slope);
   GLANCE_GRID_STRIDE(I, index, count) {
     const Place<I> at = place<I>(index, static_cast<I>(p.out_channels), pixels, p.channels_last);
     const A r = ratio[ratio_index<I>(p, at, pixels)];
     A value = A(0);
-    if (r != A(0)) value = load(output + index) * r + (bias ? load(bias + at.channel) : A(0));
+    if (r != A(0)) value = load(plain + index) * r + (bias ? load(bias + at.channel) : A(0));
+    if (value < A(0)) value = slope == A(0) ? A(0) : value * slope;
     store(output + index, value);
   }
 }

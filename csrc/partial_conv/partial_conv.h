@@ -3,24 +3,30 @@
 // Equation (Liu et al., ECCV 2018; used by Global-Net in Wang et al., CVPR 2021, section 3.3).
 // For every output pixel, with the window's input X, its validity M and the window's full size 1:
 //
-//   output = (W * where(M, X, 0)) * sum(1) / sum(M) + bias    if sum(M) > 0
-//   output = 0                                                otherwise
+//   output = act((W * where(M, X, 0)) * sum(1) / sum(M) + bias)    if sum(M) > 0
+//   output = 0                                                     otherwise
 //   valid  = sum(M) > 0
+//   act(x) = x if x > 0, else x * negative_slope (1: no activation, 0: ReLU)
 //
 // - sum(1) counts the full window whether or not it hangs over the border: kh * kw for a mask of
 //   one channel, kh * kw * C / groups for a mask of C channels, where sum(M) counts the channels of
 //   the output's own group. Padding counts as missing.
 // - Counts are integers. The ratio and all arithmetic are in float (double for double). No epsilon.
 // - A value behind the mask is never read into arithmetic: NaN and infinity there do not leak.
-// - The mask is not differentiable. With r the ratio (0 where invalid) and g the output's gradient,
-//   the gradient of the plain convolution's result is g * r where valid and 0 elsewhere, and the
-//   bias' gradient is the sum of g over valid pixels.
+// - The mask is not differentiable. With r the ratio (0 where invalid) and g the output's gradient
+//   behind the activation (its own times negative_slope where output <= 0), the gradient of the
+//   plain convolution's result is g * r where valid and 0 elsewhere, and the bias' gradient is the
+//   sum of g over valid pixels.
 //
-// The plain convolution itself is the library's. The kernels here are what is around it: masked
-// copy before, ratio beside, rescaling after, and the rescaling's gradient.
+// Two paths do the same work. On the library's path the plain convolution is the library's, and the
+// kernels here are what is around it: masked copy before, ratio beside, rescaling after, and the
+// rescaling's gradient. On the fused path (CPU) one kernel reads the input tile by tile into cache,
+// masked on the way, multiplies, and writes the result with ratio, bias and activation applied, so
+// that nothing of an image's size is held but input and output, and empty windows cost nothing.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "common/scalar.h"
 
@@ -44,13 +50,19 @@ struct PartialConvParams {
   int64_t groups = 1;
   int64_t mask_batch = 1;     // 1 or N
   int64_t mask_channels = 1;  // 1 or C
+  double negative_slope = 1;  // not negative
 
   const uint8_t* mask = nullptr;  // (mask_batch, mask_channels, H, W), contiguous, 0 or 1
   const void* input = nullptr;    // (N, C, H, W)
   void* masked_input = nullptr;   // (N, C, H, W); may be `input` itself
   void* ratio = nullptr;  // (mask_batch, ratio_groups(), Ho, Wo), accumulate type; 0 where invalid
-  const void* bias = nullptr;  // (K), or null
-  void* output = nullptr;      // (N, K, Ho, Wo); in: the plain convolution, out: the result
+  const void* weight = nullptr;  // (K, C / groups, kh, kw), of any strides
+  int64_t weight_strides[4] = {0, 0, 0, 0};
+  const void* bias = nullptr;   // (K), or null
+  const void* plain = nullptr;  // (N, K, Ho, Wo): the plain convolution; may be `output` itself
+  void* output = nullptr;       // (N, K, Ho, Wo)
+  uint8_t* valid = nullptr;     // (mask_batch, ratio_groups(), Ho, Wo): 0 or 1; or null
+  void* packed = nullptr;       // fused path: SweepSizes::packed_bytes of workspace
 
   GLANCE_HOST_DEVICE int64_t ratio_groups() const { return mask_channels == 1 ? 1 : groups; }
   GLANCE_HOST_DEVICE int64_t window_size() const {
@@ -60,7 +72,11 @@ struct PartialConvParams {
 
 struct PartialConvBackwardParams : PartialConvParams {
   const void* grad_output = nullptr;  // (N, K, Ho, Wo)
-  void* grad_conv = nullptr;          // (N, K, Ho, Wo): grad_output * ratio where valid, else 0
+  const void* result = nullptr;       // (N, K, Ho, Wo): the output, or null without an activation
+  void* grad_conv = nullptr;          // (N, K, Ho, Wo): library's path: of the plain convolution
+  void* grad_input = nullptr;         // (N, C, H, W)
+  void* grad_weight = nullptr;        // (K, C / groups, kh, kw), of the weight's strides; or null
+  void* grad_bias = nullptr;          // (K), or null
 };
 
 // CPU kernels work on a range of rows, so that the caller owns the threads. A row is W contiguous
@@ -73,6 +89,36 @@ void mask_input_cpu(const PartialConvParams& params, int64_t begin, int64_t end)
 void window_ratio_cpu(const PartialConvParams& params, int64_t begin, int64_t end);
 void rescale_cpu(const PartialConvParams& params, int64_t begin, int64_t end);
 void rescale_backward_cpu(const PartialConvBackwardParams& params, int64_t begin, int64_t end);
+
+// The valid pixels of the next mask alone, for a batch of no images; rows as of window_ratio_cpu.
+void window_valid_cpu(const PartialConvParams& params, int64_t begin, int64_t end);
+
+// The fused path. Whether it is there for these arguments on this processor, and the faster one
+// (docs/ops.md has the measurements that the rule comes from).
+bool prefers_fused(const PartialConvParams& params);
+
+// The two products that slide a window over a map: the output, and the gradient of the input. They
+// read weights in the order of their inner loop: pack those first, over `panels`, then compute,
+// over `tiles`.
+enum class Sweep : int { kForward, kGradInput };
+
+struct SweepSizes {
+  int64_t packed_bytes = 0;
+  int64_t panels = 0;
+  int64_t tiles = 0;
+};
+
+SweepSizes sweep_sizes(const PartialConvBackwardParams& params, Sweep sweep);
+void pack_forward_cpu(const PartialConvBackwardParams& params, int64_t begin, int64_t end);
+void fused_forward_cpu(const PartialConvBackwardParams& params, int64_t begin, int64_t end);
+void pack_grad_input_cpu(const PartialConvBackwardParams& params, int64_t begin, int64_t end);
+void fused_grad_input_cpu(const PartialConvBackwardParams& params, int64_t begin, int64_t end);
+
+// The gradients of weight and bias: sums over all windows in an order of their own, whatever the
+// threads. `parallel(count, body)` calls body(begin, end) on parts of [0, count).
+using ParallelFor =
+    std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>& body)>;
+void fused_grad_weight_cpu(const PartialConvBackwardParams& params, const ParallelFor& parallel);
 
 // CUDA launchers: asynchronous on `stream` (a cudaStream_t), returning a cudaError_t as an int.
 int mask_input_cuda(const PartialConvParams& params, void* stream);

@@ -1,7 +1,9 @@
 #include <algorithm>
-#include <vector>
+#include <cstdlib>
 
+#include "hole_windows/micro_kernel.h"
 #include "partial_conv/partial_conv.h"
+#include "partial_conv/window_counts.h"
 
 namespace glance {
 namespace {
@@ -74,6 +76,16 @@ void mask_rows(const PartialConvParams& p, int64_t begin, int64_t end) {
     }
     const int64_t mask_plane = p.in_height * p.in_width;
     const uint8_t* mask = p.mask + n * p.mask_channels * mask_plane + y * p.in_width;
+    if (p.mask_channels == 1) {
+      const int64_t size = p.in_width * p.in_channels;
+      if (input != output) std::copy_n(input + row * size, size, output + row * size);
+      for (int64_t x = 0; x < p.in_width; ++x) {
+        if (mask[x]) continue;
+        T* pixel = output + row * size + x * p.in_channels;
+        std::fill(pixel, pixel + p.in_channels, T{});
+      }
+      continue;
+    }
     for (int64_t x = 0; x < p.in_width; ++x) {
       const int64_t start = (row * p.in_width + x) * p.in_channels;
       for (int64_t c = 0; c < p.in_channels; ++c) {
@@ -84,38 +96,23 @@ void mask_rows(const PartialConvParams& p, int64_t begin, int64_t end) {
   }
 }
 
+// Calls `row(index, counts)` for rows [begin, end) of windows.
+template <typename Row>
+void for_window_rows(const PartialConvParams& p, int64_t begin, int64_t end, Row&& row) {
+  WindowCounts counts(p);
+  const int64_t groups = p.ratio_groups();
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t plane = i / p.out_height;
+    row(counts, i, counts.row(plane / groups, plane % groups, i % p.out_height));
+  }
+}
+
 template <typename A>
 void ratio_rows_of(const PartialConvParams& p, int64_t begin, int64_t end) {
   A* ratio = static_cast<A*>(p.ratio);
-  const int64_t groups = p.ratio_groups();
-  const int64_t channels = p.mask_channels / groups;
-  const A full = static_cast<A>(p.window_size());
-  std::vector<int32_t> columns(p.in_width + 2 * p.padding[1]);
-  for (int64_t row = begin; row < end; ++row) {
-    const int64_t y = row % p.out_height;
-    const int64_t group = row / p.out_height % groups;
-    const int64_t n = row / p.out_height / groups;
-    const uint8_t* mask =
-        p.mask + (n * p.mask_channels + group * channels) * p.in_height * p.in_width;
-    // Valid values in each column under the window's rows, padding columns included as zeros; a
-    // window is then a sum of columns, whatever its channels.
-    std::fill(columns.begin(), columns.end(), 0);
-    for (int64_t c = 0; c < channels; ++c) {
-      for (int64_t i = 0; i < p.kernel[0]; ++i) {
-        const int64_t in_y = y * p.stride[0] - p.padding[0] + i * p.dilation[0];
-        if (in_y < 0 || in_y >= p.in_height) continue;
-        const uint8_t* mask_row = mask + (c * p.in_height + in_y) * p.in_width;
-        int32_t* inside = columns.data() + p.padding[1];
-        for (int64_t x = 0; x < p.in_width; ++x) inside[x] += mask_row[x];
-      }
-    }
-    for (int64_t x = 0; x < p.out_width; ++x) {
-      int64_t count = 0;
-      const int32_t* first = columns.data() + x * p.stride[1];
-      for (int64_t j = 0; j < p.kernel[1]; ++j) count += first[j * p.dilation[1]];
-      ratio[row * p.out_width + x] = count > 0 ? full / static_cast<A>(count) : A{0};
-    }
-  }
+  for_window_rows(p, begin, end, [&](const WindowCounts& counts, int64_t i, const int32_t* row) {
+    counts.ratios(row, 0, p.out_width, ratio + i * p.out_width);
+  });
 }
 
 }  // namespace
@@ -142,16 +139,29 @@ void window_ratio_cpu(const PartialConvParams& params, int64_t begin, int64_t en
   ratio_rows_of<float>(params, begin, end);
 }
 
+void window_valid_cpu(const PartialConvParams& params, int64_t begin, int64_t end) {
+  for_window_rows(params, begin, end, [&](const WindowCounts&, int64_t i, const int32_t* counts) {
+    uint8_t* valid = params.valid + i * params.out_width;
+    for (int64_t x = 0; x < params.out_width; ++x) valid[x] = counts[x] > 0;
+  });
+}
+
 void rescale_cpu(const PartialConvParams& params, int64_t begin, int64_t end) {
   dispatch_cpu(params.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = accumulate_t<T>;
+    const T* plain = static_cast<const T*>(params.plain);
     T* output = static_cast<T*>(params.output);
     const T* bias = static_cast<const T*>(params.bias);
+    const A slope = static_cast<A>(params.negative_slope);
     for (int64_t row = begin; row < end; ++row) {
-      for_output_row<T>(params, row, output, output, [bias](T value, A ratio, int64_t k) {
-        if (ratio == A{0}) return narrow<T>(A{0});
-        return narrow<T>(widen(value) * ratio + (bias ? widen(bias[k]) : A{0}));
+      for_output_row<T>(params, row, plain, output, [=](T value, A ratio, int64_t k) {
+        // Computed for empty windows too and then left out, which compilers turn into vectors.
+        const A sum = widen(value) * ratio + (bias ? widen(bias[k]) : A{0});
+        const A scaled = sum * slope;
+        const A below = slope == A{0} ? A{0} : scaled;
+        const A result = sum < A{0} ? below : sum;
+        return narrow<T>(ratio == A{0} ? A{0} : result);
       });
     }
   });
@@ -165,10 +175,18 @@ void rescale_backward_cpu(const PartialConvBackwardParams& params, int64_t begin
     T* target = static_cast<T*>(params.grad_conv);
     for (int64_t row = begin; row < end; ++row) {
       for_output_row<T>(params, row, source, target, [](T value, A ratio, int64_t) {
-        return ratio == A{0} ? narrow<T>(A{0}) : narrow<T>(widen(value) * ratio);
+        const A scaled = widen(value) * ratio;
+        return narrow<T>(ratio == A{0} ? A{0} : scaled);
       });
     }
   });
+}
+
+bool prefers_fused(const PartialConvParams& p) {
+  if (p.dtype == ScalarType::kFloat64) return false;
+  if (getenv("GL_PATH")) return getenv("GL_PATH")[0] == 'f';
+  if (best_instruction_set() == InstructionSet::kPlain) return false;
+  return p.out_channels / p.groups >= 8 || p.groups == 1;
 }
 
 }  // namespace glance

@@ -1,17 +1,12 @@
 // Tensors -> PartialConvParams -> kernels, for glance_ext::partial_conv2d and its backward.
 #include <ATen/autocast_mode.h>
-#include <ATen/ops/convolution.h>
-#include <ATen/ops/convolution_backward.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/where.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "common/tensor_check.h"
-#include "partial_conv/partial_conv.h"
+#include "partial_conv/partial_conv_paths.h"
 
 namespace glance {
 namespace {
@@ -102,117 +97,87 @@ PartialConvParams checked_params(const at::Tensor& input, const at::Tensor& weig
   return p;
 }
 
-// Tensors that the kernels of one call read and write, alive as long as the call.
-struct Workspace {
-  at::Tensor mask, input, masked_input, ratio;
-};
-
-// where(mask, input, 0) and the ratio, which forward and backward both need.
-Workspace prepare(PartialConvParams& p, const at::Tensor& input, const at::Tensor& mask,
-                  bool with_input) {
-  Workspace work;
-  work.mask = unified_mask(mask, input);
-  p.mask_batch = work.mask.size(0);
-  p.mask_channels = work.mask.size(1);
-  p.mask = static_cast<const uint8_t*>(work.mask.const_data_ptr());
-  work.ratio = at::empty({p.mask_batch, p.ratio_groups(), p.out_height, p.out_width},
-                         input.options().dtype(accumulate_dtype(p.dtype)));
-  p.ratio = work.ratio.mutable_data_ptr();
-  run_kernel(input, p, ratio_rows(p), grain_size(p.out_width * p.window_size()), window_ratio_cpu,
-             GLANCE_CUDA(window_ratio_cuda));
-  if (with_input) {
-    work.input = input.contiguous(memory_format(input));
-    work.masked_input = at::empty_like(work.input, at::MemoryFormat::Preserve);
-    p.input = work.input.const_data_ptr();
-    p.masked_input = work.masked_input.mutable_data_ptr();
-    run_kernel(input, p, input_rows(p), grain_size(p.in_width), mask_input_cpu,
-               GLANCE_CUDA(mask_input_cuda));
+// Checks everything but what only one of the directions has.
+PartialConvCall checked_call(const at::Tensor& input, const at::Tensor& mask,
+                             const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                             at::IntArrayRef stride, at::IntArrayRef padding,
+                             at::IntArrayRef dilation, int64_t groups, double negative_slope) {
+  PartialConvCall call;
+  PartialConvBackwardParams& p = call.params;
+  static_cast<PartialConvParams&>(p) =
+      checked_params(input, weight, bias, stride, padding, dilation, groups);
+  GLANCE_CHECK_VALUE(negative_slope >= 0, kOp, "negative_slope not to be negative, got ",
+                     negative_slope);
+  p.negative_slope = negative_slope;
+  call.mask = unified_mask(mask, input);
+  p.mask_batch = call.mask.size(0);
+  p.mask_channels = call.mask.size(1);
+  p.mask = static_cast<const uint8_t*>(call.mask.const_data_ptr());
+  call.input = input.contiguous(memory_format(input));
+  call.weight = weight.contiguous(memory_format(weight));
+  p.weight = call.weight.const_data_ptr();
+  std::copy_n(call.weight.strides().begin(), 4, p.weight_strides);
+  if (bias.has_value()) {
+    call.bias = bias->contiguous();
+    p.bias = call.bias->const_data_ptr();
   }
-  return work;
+  return call;
 }
 
-// The ratio's sign as a mask of the next layer: one channel, or one for every output channel.
-at::Tensor next_mask(const PartialConvParams& p, const at::Tensor& ratio, at::ScalarType dtype) {
-  at::Tensor valid = ratio.ne(0);
+// The next layer's mask: one channel, or one for every output channel.
+at::Tensor next_mask(const PartialConvParams& p, at::Tensor valid, at::ScalarType dtype) {
   if (p.mask_channels != 1) valid = valid.repeat_interleave(p.out_channels / p.groups, 1);
   return valid.to(dtype);
+}
+
+bool takes_fused(const PartialConvCall& call) {
+  return call.input.is_cpu() && prefers_fused(call.params);
 }
 
 std::tuple<at::Tensor, at::Tensor> partial_conv2d(const at::Tensor& input, const at::Tensor& mask,
                                                   const at::Tensor& weight,
                                                   const std::optional<at::Tensor>& bias,
                                                   at::IntArrayRef stride, at::IntArrayRef padding,
-                                                  at::IntArrayRef dilation, int64_t groups) {
-  PartialConvParams p = checked_params(input, weight, bias, stride, padding, dilation, groups);
+                                                  at::IntArrayRef dilation, int64_t groups,
+                                                  double negative_slope) {
   const DeviceGuard guard(input);
-  const Workspace work = prepare(p, input, mask, true);
-  at::Tensor output =
-      at::convolution(work.masked_input, weight, std::nullopt, stride, padding, dilation,
-                      /*transposed=*/false, {0, 0}, groups)
-          .contiguous(memory_format(input));
-  const at::Tensor dense_bias = bias.has_value() ? bias->contiguous() : at::Tensor();
-  p.bias = dense_bias.defined() ? dense_bias.const_data_ptr() : nullptr;
-  p.output = output.mutable_data_ptr();
-  const int64_t row = p.out_width * (p.channels_last ? p.out_channels : 1);
-  run_kernel(input, p, output_rows(p), grain_size(row), rescale_cpu, GLANCE_CUDA(rescale_cuda));
-  return {output, next_mask(p, work.ratio, mask.scalar_type())};
+  PartialConvCall call =
+      checked_call(input, mask, weight, bias, stride, padding, dilation, groups, negative_slope);
+  auto [output, valid] = takes_fused(call) ? forward_fused(call) : forward_library(call);
+  return {output, next_mask(call.params, valid, mask.scalar_type())};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> partial_conv2d_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask,
     const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
-    at::IntArrayRef dilation, int64_t groups, std::array<bool, 3> output_mask) {
-  PartialConvBackwardParams p;
-  static_cast<PartialConvParams&>(p) =
-      checked_params(input, weight, std::nullopt, stride, padding, dilation, groups);
-  const std::array<int64_t, 4> expected{p.batch, p.out_channels, p.out_height, p.out_width};
-  GLANCE_CHECK_VALUE(grad_output.sizes() == at::IntArrayRef(expected), "partial_conv2d_backward",
-                     "grad_output of shape ", at::IntArrayRef(expected), ", got ",
-                     grad_output.sizes());
-  GLANCE_CHECK_TYPE(grad_output.scalar_type() == input.scalar_type(), "partial_conv2d_backward",
-                    "grad_output of the input's ", dtype_name(input), ", got ",
-                    dtype_name(grad_output));
+    at::IntArrayRef dilation, int64_t groups, std::array<bool, 3> output_mask,
+    const std::optional<at::Tensor>& output, double negative_slope) {
+  constexpr const char* kBackward = "partial_conv2d_backward";
   const DeviceGuard guard(input);
-  const Workspace work = prepare(p, input, mask, output_mask[1]);
-  const at::MemoryFormat format = memory_format(input);
-  const at::Tensor grad = grad_output.contiguous(format);
-  at::Tensor grad_conv = at::empty_like(grad, at::MemoryFormat::Preserve);
-  p.grad_output = grad.const_data_ptr();
-  p.grad_conv = grad_conv.mutable_data_ptr();
-  const int64_t row = p.out_width * (p.channels_last ? p.out_channels : 1);
-  run_kernel(input, p, output_rows(p), grain_size(row), rescale_backward_cpu,
-             GLANCE_CUDA(rescale_backward_cuda));
-
-  at::Tensor grad_input = at::empty({0}, input.options());
-  at::Tensor grad_weight = at::empty({0}, weight.options());
-  at::Tensor grad_bias = at::empty({0}, input.options());
-  if (output_mask[0] || output_mask[1]) {
-    const at::Tensor& conv_input = work.masked_input.defined() ? work.masked_input : input;
-    auto [of_input, of_weight, unused] = at::convolution_backward(
-        grad_conv, conv_input, weight, std::nullopt, stride, padding, dilation,
-        /*transposed=*/false, {0, 0}, groups, {output_mask[0], output_mask[1], false});
-    if (output_mask[0]) {
-      grad_input = of_input.contiguous(format);
-      p.input = grad_input.const_data_ptr();
-      p.masked_input = grad_input.mutable_data_ptr();
-      run_kernel(input, p, input_rows(p), grain_size(p.in_width), mask_input_cpu,
-                 GLANCE_CUDA(mask_input_cuda));
-    }
-    if (output_mask[1]) grad_weight = of_weight.contiguous(memory_format(weight));
-  }
-  if (output_mask[2]) {
-    at::Tensor valid = work.ratio.ne(0);
-    if (p.ratio_groups() != 1) valid = valid.repeat_interleave(p.out_channels / p.groups, 1);
-    grad_bias = at::where(valid, grad, at::zeros({}, grad.options())).sum({0, 2, 3});
-  }
-  return {grad_input, grad_weight, grad_bias};
+  PartialConvCall call = checked_call(input, mask, weight, std::nullopt, stride, padding, dilation,
+                                      groups, negative_slope);
+  const PartialConvParams& p = call.params;
+  const std::array<int64_t, 4> expected{p.batch, p.out_channels, p.out_height, p.out_width};
+  const auto like_output = [&](const char* name, const at::Tensor& tensor) {
+    GLANCE_CHECK_VALUE(tensor.sizes() == at::IntArrayRef(expected), kBackward, name, " of shape ",
+                       at::IntArrayRef(expected), ", got ", tensor.sizes());
+    GLANCE_CHECK_TYPE(tensor.scalar_type() == input.scalar_type(), kBackward, name,
+                      " of the input's ", dtype_name(input), ", got ", dtype_name(tensor));
+    return tensor.contiguous(memory_format(input));
+  };
+  const at::Tensor grad = like_output("grad_output", grad_output);
+  GLANCE_CHECK_VALUE(output.has_value() || negative_slope == 1, kBackward,
+                     "the output for a negative_slope of ", negative_slope, ", got none");
+  if (negative_slope != 1) call.result = like_output("output", *output);
+  return takes_fused(call) ? backward_fused(call, grad, output_mask)
+                           : backward_library(call, grad, output_mask);
 }
 
 // Autocast: feature tensors in the low precision, as conv2d; the mask keeps its dtype outside.
 std::tuple<at::Tensor, at::Tensor> partial_conv2d_autocast(
     c10::DeviceType device, const at::Tensor& input, const at::Tensor& mask,
     const at::Tensor& weight, const std::optional<at::Tensor>& bias, at::IntArrayRef stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups) {
+    at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups, double negative_slope) {
   const auto key = device == c10::DeviceType::CUDA ? c10::DispatchKey::AutocastCUDA
                                                    : c10::DispatchKey::AutocastCPU;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(key);
@@ -225,13 +190,13 @@ std::tuple<at::Tensor, at::Tensor> partial_conv2d_autocast(
                              .typed<std::tuple<at::Tensor, at::Tensor>(
                                  const at::Tensor&, const at::Tensor&, const at::Tensor&,
                                  const std::optional<at::Tensor>&, at::IntArrayRef, at::IntArrayRef,
-                                 at::IntArrayRef, int64_t)>();
+                                 at::IntArrayRef, int64_t, double)>();
   // Not cast to the low precision, where what is small but not zero might round to zero.
   const at::Tensor valid = mask.is_floating_point() ? mask.ne(0) : mask;
   auto [output, mask_out] =
       op.call(lower(input), valid, lower(weight),
               bias.has_value() ? std::optional<at::Tensor>(lower(*bias)) : std::nullopt, stride,
-              padding, dilation, groups);
+              padding, dilation, groups, negative_slope);
   return {output, mask_out.to(mask.scalar_type())};
 }
 
@@ -240,9 +205,10 @@ std::tuple<at::Tensor, at::Tensor> autocast_for(const at::Tensor& input, const a
                                                 const at::Tensor& weight,
                                                 const std::optional<at::Tensor>& bias,
                                                 at::IntArrayRef stride, at::IntArrayRef padding,
-                                                at::IntArrayRef dilation, int64_t groups) {
+                                                at::IntArrayRef dilation, int64_t groups,
+                                                double negative_slope) {
   return partial_conv2d_autocast(kDevice, input, mask, weight, bias, stride, padding, dilation,
-                                 groups);
+                                 groups, negative_slope);
 }
 
 }  // namespace

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +14,17 @@ from glance_ext.bench.cases import Case, Outputs, Variant
 from glance_ext.bench.limits import Work
 from glance_ext.ops import partial_conv2d, reference
 
-_CHUNK = 8  # images at a time through the float64 reference, which writes out every window
+# Rows of windows at a time through the float64 reference, which writes out every window.
+_WINDOW_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One layer on one input; the mask has a square hole of side ``hole`` in every image."""
+    """One layer on one input; the mask has a square hole of side ``hole`` in every image.
+
+    ``where`` says in whose network it stands and is the first part of the case's name; shapes of
+    networks are also timed under ``torch.compile``, and not as the slow reference.
+    """
 
     batch: int
     channels: int
@@ -31,6 +36,7 @@ class Shape:
     hole: int = 0
     channels_last: bool = False
     input_grad: bool = True  # False for a first layer, whose input is the image
+    where: str = ""
 
     @property
     def name(self) -> str:
@@ -58,13 +64,29 @@ QUICK_SHAPES = (
 )
 
 
-def cases(dtype: torch.dtype, device: torch.device, seed: int, quick: bool) -> Iterator[Case]:
-    """Forward, and forward + backward, of every shape."""
-    for index, shape in enumerate(QUICK_SHAPES if quick else SHAPES):
+def cases(
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    quick: bool,
+    shapes: Sequence[Shape] | None = None,
+) -> Iterator[Case]:
+    """Forward, and forward + backward, of every shape; without any, of this module's."""
+    for index, shape in enumerate(shapes or (QUICK_SHAPES if quick else SHAPES)):
         generator = torch.Generator().manual_seed(seed + index)
         inputs = _Inputs(shape, dtype, device, generator)
         yield inputs.case(backward=False)
         yield inputs.case(backward=True)
+
+
+@cache
+def can_compile() -> bool:
+    """Whether ``torch.compile`` works here: on a CPU it needs a C++ compiler."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1))
+    except Exception:  # whatever a compiler, or the lack of one, says
+        return False
+    return True
 
 
 def nvidia_layer(
@@ -135,6 +157,10 @@ class _Inputs:
             "conv2d": self._conv2d,
             "nvidia": self._nvidia,
         }
+        if self.shape.where:
+            del layers["reference"]
+            if can_compile():
+                layers["nvidia-compiled"] = self._nvidia_compiled
         variants = {
             name: Variant(
                 partial(self._run, layer, backward),
@@ -143,7 +169,7 @@ class _Inputs:
             for name, layer in layers.items()
         }
         return Case(
-            f"partial_conv2d/{direction}/{self.shape.name}",
+            f"{self.shape.where or 'partial_conv2d'}/{direction}/{self.shape.name}",
             {
                 "input": list(self.input.shape),
                 "weight": list(self.weight.shape),
@@ -191,8 +217,18 @@ class _Inputs:
         s = self.shape
         return F.conv2d(self.input, self.weight, self.bias, s.stride, s.padding), None
 
-    def _nvidia(self) -> tuple[Tensor, Tensor]:
-        return nvidia_layer(
+    @cached_property
+    def _compiled(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        torch.compiler.reset()  # every shape is compiled for itself, and torch limits how many
+        return torch.compile(nvidia_layer, fullgraph=True, dynamic=False)
+
+    def _nvidia_compiled(self) -> tuple[Tensor, Tensor]:
+        return self._nvidia(self._compiled)
+
+    def _nvidia(
+        self, layer: Callable[..., tuple[Tensor, Tensor]] = nvidia_layer
+    ) -> tuple[Tensor, Tensor]:
+        return layer(
             self.input,
             self.float_mask,
             self.weight,
@@ -217,33 +253,49 @@ class _Inputs:
         return self._in_float64(plain=False)
 
     def _in_float64(self, *, plain: bool) -> Outputs:
-        """The specification's results and gradients, a few images at a time."""
+        """The specification's results and gradients, a band of an image at a time."""
         s = self.shape
-        weight = self.weight.detach().double().requires_grad_()
-        bias = self.bias.detach().double().requires_grad_()
-        parts: dict[str, list[Tensor]] = {"output": [], "mask_out": [], "grad_input": []}
-        for start in range(0, s.batch, _CHUNK):
-            part = slice(start, start + _CHUNK)
-            image = self.input[part].detach().double().requires_grad_()
-            if plain:
-                output = F.conv2d(image, weight, bias, s.stride, s.padding)
-            else:
-                geometry = [s.stride] * 2, [s.padding] * 2, [1, 1], 1
-                output, mask_out = reference.partial_conv2d(
-                    image, self.mask[part], weight, bias, *geometry
-                )
-                parts["mask_out"].append(mask_out.double())
-            output.backward(self.grad_output[part].double())
-            assert image.grad is not None
-            parts["output"].append(output.detach())
-            parts["grad_input"].append(image.grad)
-        assert weight.grad is not None
-        assert bias.grad is not None
-        expected = {name: torch.cat(values) for name, values in parts.items() if values}
-        expected |= {"grad_weight": weight.grad, "grad_bias": bias.grad}
-        if not s.input_grad:
-            del expected["grad_input"]
-        return expected
+        taps = s.channels * s.kernel**2
+        out_side = self.grad_output.shape[2]
+        rows = max(1, _WINDOW_BYTES // (8 * taps * out_side))
+        images = max(1, rows // out_side)
+        pads = [s.padding] * 4
+        leaves = [t.detach().double().requires_grad_() for t in (self.weight, self.bias)]
+        grads = [torch.zeros_like(leaf) for leaf in leaves]
+        expected = {
+            "output": torch.empty(self.grad_output.shape, dtype=torch.float64),
+            "mask_out": torch.empty((s.batch, 1, out_side, out_side), dtype=torch.float64),
+        }
+        of_input = F.pad(torch.zeros(self.input.shape, dtype=torch.float64), pads)
+        expected = {name: tensor.to(self.input.device) for name, tensor in expected.items()}
+        of_input = of_input.to(self.input.device)
+        for start in range(0, s.batch, images):
+            part = slice(start, start + images)
+            image = F.pad(self.input[part].detach().double(), pads)
+            mask = F.pad(self.mask[part], pads)  # padding counts as missing
+            for top in range(0, out_side, rows):
+                bottom = min(out_side, top + rows)
+                band = slice(top * s.stride, (bottom - 1) * s.stride + s.kernel)
+                x = image[:, :, band].requires_grad_()
+                if plain:
+                    output = F.conv2d(x, *leaves, s.stride)
+                else:
+                    output, mask_out = reference.partial_conv2d(
+                        x, mask[:, :, band], *leaves, [s.stride] * 2, [0, 0], [1, 1], 1
+                    )
+                    expected["mask_out"][part, :, top:bottom] = mask_out.double()
+                expected["output"][part, :, top:bottom] = output.detach()
+                grad = self.grad_output[part, :, top:bottom].double()
+                of_x, *of_leaves = torch.autograd.grad(output, [x, *leaves], grad)
+                of_input[part, :, band] += of_x
+                for total, share in zip(grads, of_leaves, strict=True):
+                    total += share
+        if plain:
+            del expected["mask_out"]
+        if s.input_grad:
+            end = s.padding + s.side
+            expected["grad_input"] = of_input[:, :, s.padding : end, s.padding : end]
+        return expected | {"grad_weight": grads[0], "grad_bias": grads[1]}
 
     def _work(self, backward: bool) -> Work:
         """The least work: only valid pixels are read and multiplied."""

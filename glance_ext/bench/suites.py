@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from glance_ext.bench import detect as detection
-from glance_ext.bench import partial_conv, patch_scores
+from glance_ext.bench import partial_conv, partial_conv_networks, patch_scores
 from glance_ext.bench.cases import Case
 
 # (dtype, device, seed, quick) -> cases
@@ -25,4 +25,11 @@ def detect(dtype: torch.dtype, device: torch.device, seed: int, quick: bool) -> 
     yield from detection.cases(dtype, device, seed, quick)
 
 
-SUITES: dict[str, Suite] = {"detect": detect, "ops": ops}
+def partial_conv_suite(
+    dtype: torch.dtype, device: torch.device, seed: int, quick: bool
+) -> Iterator[Case]:
+    """``partial_conv2d`` in the layers of whole networks."""
+    yield from partial_conv_networks.cases(dtype, device, seed, quick)
+
+
+SUITES: dict[str, Suite] = {"detect": detect, "ops": ops, "partial-conv": partial_conv_suite}

@@ -56,6 +56,7 @@ def check_partial_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    negative_slope: float = 1.0,
 ) -> tuple[int, int]:
     """Checks the arguments of ``partial_conv2d`` and gives the output's height and width."""
     op = "partial_conv2d"
@@ -144,6 +145,7 @@ def check_partial_conv2d(
             f"got {padded}",
         )
         out.append((padded - reach) // stride[axis] + 1)
+    require(negative_slope >= 0, op, f"negative_slope not to be negative, got {negative_slope:g}")
     return out[0], out[1]
 
 

@@ -24,14 +24,16 @@ def partial_conv2d(
     padding: int | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
+    negative_slope: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     r"""Convolves the valid pixels of each window and rescales by how many there are.
 
     With the window's input X, its mask M and the full window 1 (Wang et al., CVPR 2021, section
     3.3; Liu et al., ECCV 2018)::
 
-        output = weight * where(M, X, 0) * sum(1) / sum(M) + bias    if sum(M) > 0, else 0
+        output = act(weight * where(M, X, 0) * sum(1) / sum(M) + bias)    if sum(M) > 0, else 0
         mask_out = sum(M) > 0
+        act(x) = x if x > 0, else x * negative_slope
 
     Counts are integers, the ratio and all accumulation are in float32 or wider, there is no
     epsilon. What stands behind the mask, NaN and infinity included, does not matter. Padding
@@ -50,6 +52,7 @@ def partial_conv2d(
         padding: The same, on both sides.
         dilation: The same.
         groups: Divides C and K.
+        negative_slope: Of a LeakyReLU that is applied on the way; 0 for ReLU, 1 for none.
 
     Returns:
         The output ``(N, K, Ho, Wo)`` and the next layer's mask, of ``mask``'s dtype: ``(1 or N, 1,
@@ -71,6 +74,7 @@ def partial_conv2d(
         pair(op, "padding", padding),
         pair(op, "dilation", dilation),
         groups,
+        float(negative_slope),
     )
     if _library.is_loaded():
         return torch.ops.glance_ext.partial_conv2d(*arguments)
@@ -109,8 +113,11 @@ def _fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    negative_slope: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    size = check_partial_conv2d(input, mask, weight, bias, stride, padding, dilation, groups)
+    size = check_partial_conv2d(
+        input, mask, weight, bias, stride, padding, dilation, groups, negative_slope
+    )
     n, k = input.shape[0], weight.shape[0]
     output = input.new_empty((n, k, *size)).to(memory_format=memory_format(input))
     mask_batch = mask.shape[0] if mask.dim() > 2 else 1
@@ -128,6 +135,8 @@ def _fake_backward(
     dilation: Sequence[int],
     groups: int,
     output_mask: Sequence[bool],
+    output: Tensor | None = None,
+    negative_slope: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     def like(tensor: Tensor, wanted: bool) -> Tensor:
         if not wanted:
@@ -142,29 +151,38 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, mask, weight, _, *geometry = inputs
+    input, mask, weight, _, *geometry, negative_slope = inputs
     if ctx.needs_input_grad[1]:
         raise ValueError(
             "partial_conv2d: expected a mask that requires no gradient, got one that does"
         )
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(input, mask, weight)
+    activated = negative_slope != 1
+    ctx.save_for_backward(input, mask, weight, output[0] if activated else None)
     ctx.geometry = geometry
+    ctx.negative_slope = negative_slope
 
 
 def _backward(ctx: Any, grad_output: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    nothing = (None,) * 8
+    nothing = (None,) * 9
     if grad_output is None:
         return nothing
-    input, mask, weight = ctx.saved_tensors
+    input, mask, weight, output = ctx.saved_tensors
     needed = [ctx.needs_input_grad[index] for index in (0, 2, 3)]
     grads = torch.ops.glance_ext.partial_conv2d_backward(
-        grad_output, input, mask, weight, *ctx.geometry, needed
+        grad_output,
+        input,
+        mask,
+        weight,
+        *ctx.geometry,
+        needed,
+        output,
+        ctx.negative_slope,
     )
     of_input, of_weight, of_bias = (
         grad if wanted else None for grad, wanted in zip(grads, needed, strict=True)
     )
-    return of_input, None, of_weight, of_bias, None, None, None, None
+    return of_input, None, of_weight, of_bias, None, None, None, None, None
 
 
 def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:

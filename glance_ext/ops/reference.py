@@ -35,10 +35,11 @@ def partial_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    negative_slope: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Partial convolution by writing out every window (csrc/partial_conv/partial_conv.h)."""
     out_h, out_w = check_partial_conv2d(
-        input, mask, weight, bias, stride, padding, dilation, groups
+        input, mask, weight, bias, stride, padding, dilation, groups, negative_slope
     )
     wide = torch.float64 if input.dtype == torch.float64 else torch.float32
     n, k = input.shape[0], weight.shape[0]
@@ -61,6 +62,7 @@ def partial_conv2d(
     output = torch.einsum("gkc,ngcl->ngkl", w, x) * ratio[:, :, None]
     if bias is not None:
         output = output + bias.to(wide).reshape(groups, k // groups, 1)
+    output = F.leaky_relu(output, negative_slope) if negative_slope != 0 else F.relu(output)
     output = torch.where(count[:, :, None] > 0, output, 0)
     mask_out = count > 0
     if valid.shape[1] != 1:

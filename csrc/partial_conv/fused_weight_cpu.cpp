@@ -1,0 +1,285 @@
+// The fused path's gradients of weight and bias. A step takes a few images (or rows of one) into
+// memory of a cache's size: their input, masked, and of their gradient the windows that are not
+// empty, scaled. A term
+// is one tap and channel of a weight, summed over those windows.
+#include <algorithm>
+#include <vector>
+
+#include "partial_conv/outer_kernel.h"
+#include "partial_conv/partial_conv.h"
+#include "partial_conv/tile_rows.h"
+
+namespace glance {
+namespace {
+
+constexpr int64_t kStepBytes = 2 * 1024 * 1024;
+constexpr int64_t kChunk = 256;  // windows whose scaled gradients stay in the innermost cache
+
+template <typename T>
+class WeightGradient {
+  using A = float;
+
+  struct Slab {
+    int64_t image, top, height;  // rows of windows
+  };
+
+ public:
+  WeightGradient(const PartialConvBackwardParams& p, const ParallelFor& parallel)
+      : p_(p),
+        parallel_(parallel),
+        in_(p.in_channels / p.groups),
+        out_(p.out_channels / p.groups),
+        whole_rows_(p.dilation[1] == 1),
+        run_((whole_rows_ ? p.kernel[1] : 1) * in_),
+        runs_(p.kernel[0] * (whole_rows_ ? 1 : p.kernel[1])),
+        kernel_(outer_kernel(best_instruction_set(), run_, out_)),
+        panels_((out_ + kernel_.columns - 1) / kernel_.columns),
+        parts_((run_ + kernel_.rows - 1) / kernel_.rows),
+        blocks_(runs_ * parts_),
+        width_((p.out_width - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1),
+        input_{static_cast<const T*>(p.input), p.in_channels, p.in_height, p.in_width,
+               p.channels_last},
+        grad_{static_cast<const T*>(p.grad_output), p.out_channels, p.out_height, p.out_width,
+              p.channels_last},
+        result_{static_cast<const T*>(p.result), p.out_channels, p.out_height, p.out_width,
+                p.channels_last} {
+    int64_t rows = p.out_height;
+    while (rows > 1 && slab_bytes(rows) > kStepBytes) rows = (rows + 1) / 2;
+    slab_height_ = rows;
+    slabs_ = std::max<int64_t>(1, kStepBytes / slab_bytes(rows));
+    const int64_t whole = (p.out_height + rows - 1) / rows * p.batch;
+    slabs_ = std::min(slabs_, std::max<int64_t>(1, whole));
+    const int64_t windows = slabs_ * rows * p.out_width;
+    source_.resize(slabs_ * slab_rows(rows) * width_ * in_);
+    scaled_.resize(windows * panels_ * kernel_.columns);
+    ratio_.resize(windows);
+    places_.resize(windows);
+    for (int64_t block = 0; block < blocks_; ++block) {
+      const Block at = block_at(block);
+      offsets_.push_back((at.y * p.dilation[0] * width_ + at.x * p.dilation[1]) * in_ + at.term);
+    }
+  }
+
+  void run() {
+    for (int64_t group = 0; group < p_.groups; ++group) {
+      sums_.assign(p_.grad_weight ? panels_ * blocks_ * kernel_.rows * kernel_.columns : 0, 0);
+      bias_.assign(out_, 0);
+      step_.clear();
+      for (int64_t n = 0; n < p_.batch; ++n) {
+        for (int64_t y = 0; y < p_.out_height; y += slab_height_) {
+          step_.push_back({n, y, std::min(slab_height_, p_.out_height - y)});
+          if (int64_t(step_.size()) == slabs_) take_step(group);
+        }
+      }
+      take_step(group);
+      store(group);
+    }
+  }
+
+ private:
+  // Neighbouring terms: a window's row and column, and the first of the block's terms behind it.
+  // The last block of a run begins early enough to be of full size.
+  struct Block {
+    int64_t y, x, term;
+  };
+  Block block_at(int64_t block) const {
+    const int64_t run = block / parts_;
+    const int64_t term = std::min(block % parts_ * kernel_.rows, run_ - kernel_.rows);
+    if (whole_rows_) return {run, 0, term};
+    return {run / p_.kernel[1], run % p_.kernel[1], term};
+  }
+
+  int64_t slab_rows(int64_t rows) const {
+    return (rows - 1) * p_.stride[0] + (p_.kernel[0] - 1) * p_.dilation[0] + 1;
+  }
+  int64_t slab_bytes(int64_t rows) const {
+    return (slab_rows(rows) * width_ * in_ + rows * p_.out_width * panels_ * kernel_.columns) *
+           int64_t(sizeof(A));
+  }
+
+  void take_step(int64_t group) {
+    if (step_.empty()) return;
+    const int64_t rows = step_.size() * slab_height_;
+    const int64_t source_rows = step_.size() * slab_rows(slab_height_);
+    firsts_.assign(rows + 1, 0);
+    parallel_(rows, [&](int64_t begin, int64_t end) { count_windows(group, begin, end); });
+    for (int64_t row = 0; row < rows; ++row) firsts_[row + 1] += firsts_[row];
+    bias_rows_.assign(p_.grad_bias ? rows * out_ : 0, 0);
+    const int64_t loaded = p_.grad_weight ? source_rows : 0;
+    parallel_(loaded + rows, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < std::min(end, loaded); ++row) load_input(group, row);
+      scale_gradients(group, std::max<int64_t>(begin - loaded, 0), end - loaded);
+    });
+    for (size_t i = 0; i < bias_rows_.size(); ++i) bias_[i % out_] += bias_rows_[i];
+    if (p_.grad_weight) {
+      parallel_(panels_ * blocks_,
+                [&](int64_t begin, int64_t end) { multiply(begin, end, firsts_[rows]); });
+    }
+    step_.clear();
+  }
+
+  // Ratios of rows of windows, and how many of each are not empty.
+  void count_windows(int64_t group, int64_t begin, int64_t end) {
+    WindowCounts counts(p_);
+    for (int64_t row = begin; row < end; ++row) {
+      const Slab& slab = step_[row / slab_height_];
+      const int64_t y = row % slab_height_;
+      if (y >= slab.height) continue;
+      A* ratio = ratio_.data() + row * p_.out_width;
+      counts.ratios(counts.row(p_.mask_batch == 1 ? 0 : slab.image,
+                               p_.ratio_groups() == 1 ? 0 : group, slab.top + y),
+                    0, p_.out_width, ratio);
+      firsts_[row + 1] = std::count_if(ratio, ratio + p_.out_width, [](A r) { return r > 0; });
+    }
+  }
+
+  void load_input(int64_t group, int64_t row) {
+    const int64_t slab_size = slab_rows(slab_height_);
+    const Slab& slab = step_[row / slab_size];
+    const int64_t y = slab.top * p_.stride[0] - p_.padding[0] + row % slab_size;
+    A* to = source_.data() + row * width_ * in_;
+    const int64_t from = std::min(p_.padding[1], width_);
+    const int64_t count =
+        y < 0 || y >= p_.in_height ? 0 : std::clamp<int64_t>(p_.in_width, 0, width_ - from);
+    if (count <= 0) {
+      std::fill(to, to + width_ * in_, A{0});
+      return;
+    }
+    std::fill(to, to + from * in_, A{0});
+    std::fill(to + (from + count) * in_, to + width_ * in_, A{0});
+    const PixelRow pixels{slab.image, y, 0, count, group * in_, in_};
+    copy_pixels(input_, pixels, in_, to + from * in_);
+    mask_pixels(p_, pixels, in_, to + from * in_);
+  }
+
+  void scale_gradients(int64_t group, int64_t begin, int64_t end) {
+    const int64_t pitch = panels_ * kernel_.columns, width = p_.out_width;
+    std::vector<A> grad(width * pitch), result(p_.result ? width * pitch : 0);
+    for (int64_t row = begin; row < end; ++row) {
+      const Slab& slab = step_[row / slab_height_];
+      const int64_t y = row % slab_height_;
+      if (firsts_[row] == firsts_[row + 1]) continue;
+      const PixelRow pixels{slab.image, slab.top + y, 0, width, group * out_, out_};
+      copy_pixels(grad_, pixels, pitch, grad.data());
+      if (p_.result) {
+        copy_pixels(result_, pixels, pitch, result.data());
+        activation_gradient<A>(result.data(), width * pitch, A(p_.negative_slope), grad.data());
+      }
+      const A* ratio = ratio_.data() + row * width;
+      const int64_t in_slab = row / slab_height_ * slab_rows(slab_height_) + y * p_.stride[0];
+      int64_t window = firsts_[row];
+      for (int64_t x = 0; x < width; ++x) {
+        if (ratio[x] == 0) continue;
+        const A* from = grad.data() + x * pitch;
+        if (p_.grad_bias) {
+          A* sum = bias_rows_.data() + row * out_;
+          for (int64_t k = 0; k < out_; ++k) sum[k] += from[k];
+        }
+        places_[window] = (in_slab * width_ + x * p_.stride[1]) * in_;
+        for (int64_t panel = 0; panel < panels_; ++panel, from += kernel_.columns) {
+          A* to = scaled_.data() + (panel * ratio_.size() + window) * kernel_.columns;
+          for (int64_t k = 0; k < kernel_.columns; ++k) to[k] = from[k] * ratio[x];
+        }
+        ++window;
+      }
+    }
+  }
+
+  void multiply(int64_t begin, int64_t end, int64_t windows) {
+    const int64_t size = kernel_.rows * kernel_.columns;
+    for (int64_t first = 0; first < windows; first += kChunk) {
+      const int64_t count = std::min(kChunk, windows - first);
+      for (int64_t index = begin; index < end; ++index) {
+        const int64_t panel = index / blocks_, block = index % blocks_;
+        kernel_.run({source_.data() + offsets_[block], places_.data() + first, count,
+                     scaled_.data() + (panel * ratio_.size() + first) * kernel_.columns,
+                     sums_.data() + index * size});
+      }
+    }
+  }
+
+  void store(int64_t group) {
+    T* grad_bias = static_cast<T*>(p_.grad_bias);
+    for (int64_t k = 0; grad_bias && k < out_; ++k) {
+      grad_bias[group * out_ + k] = narrow<T>(static_cast<A>(bias_[k]));
+    }
+    if (!p_.grad_weight) return;
+    // A row of the gradient's memory is either the taps of a channel or the channels of a tap.
+    const bool channels_first = p_.weight_strides[1] == 1 && in_ > 1;
+    const int64_t taps = p_.kernel[0] * p_.kernel[1];
+    const int64_t rows = channels_first ? taps : in_, length = channels_first ? in_ : taps;
+    parallel_(panels_ * rows, [&](int64_t begin, int64_t end) {
+      std::vector<A> window(length * kernel_.columns);
+      for (int64_t index = begin; index < end; ++index) {
+        const int64_t panel = index / rows, row = index % rows, first = panel * kernel_.columns;
+        const int64_t width = std::min(kernel_.columns, out_ - first);
+        for (int64_t i = 0; i < length; ++i) {
+          const A* sum = channels_first ? sum_of(panel, row, i) : sum_of(panel, i, row);
+          std::copy_n(sum, kernel_.columns, window.data() + i * kernel_.columns);
+        }
+        const auto place = [&](int64_t i) {
+          const int64_t c = channels_first ? i : row, tap = channels_first ? row : i;
+          return c * p_.weight_strides[1] + tap / p_.kernel[1] * p_.weight_strides[2] +
+                 tap % p_.kernel[1] * p_.weight_strides[3];
+        };
+        T* to = static_cast<T*>(p_.grad_weight) + (group * out_ + first) * p_.weight_strides[0];
+        if constexpr (std::is_same_v<T, A>) {
+          if (place(length - 1) - place(0) == length - 1) {
+            transpose(window.data(), kernel_.columns, length, width, to + place(0),
+                      p_.weight_strides[0]);
+            continue;
+          }
+        }
+        for (int64_t i = 0; i < length; ++i) {
+          for (int64_t k = 0; k < width; ++k) {
+            to[k * p_.weight_strides[0] + place(i)] = narrow<T>(window[i * kernel_.columns + k]);
+          }
+        }
+      }
+    });
+  }
+
+  // The sums of one tap and channel, a value for each column of a panel.
+  const A* sum_of(int64_t panel, int64_t tap, int64_t c) const {
+    const int64_t run = whole_rows_ ? tap / p_.kernel[1] : tap;
+    const int64_t term = (whole_rows_ ? tap % p_.kernel[1] : 0) * in_ + c;
+    const int64_t part = term / kernel_.rows;
+    const int64_t block = run * parts_ + part;
+    return sums_.data() + ((panel * blocks_ + block) * kernel_.rows + term - block_at(block).term) *
+                              kernel_.columns;
+  }
+
+  const PartialConvBackwardParams& p_;
+  const ParallelFor& parallel_;
+  int64_t in_, out_;    // channels of one group
+  bool whole_rows_;     // neighbouring taps are neighbours in memory
+  int64_t run_, runs_;  // terms that are, and how often
+  OuterKernel kernel_;
+  int64_t panels_, parts_, blocks_;  // a run in parts of the kernel's rows makes blocks
+  int64_t width_;  // pixels of a row of the input with what padding the windows see
+  FeatureMap<T> input_, grad_, result_;
+  int64_t slab_height_, slabs_;
+  std::vector<Slab> step_;
+  std::vector<A> source_, scaled_, ratio_, sums_, bias_rows_;
+  std::vector<double> bias_;
+  std::vector<int64_t> firsts_;   // of each row of windows, among those that are not empty
+  std::vector<int64_t> places_;   // of each of these, in source_
+  std::vector<int64_t> offsets_;  // of each block from a window's place
+};
+
+}  // namespace
+
+void fused_grad_weight_cpu(const PartialConvBackwardParams& params, const ParallelFor& parallel) {
+  switch (params.dtype) {
+    case ScalarType::kFloat32:
+      return WeightGradient<float>(params, parallel).run();
+    case ScalarType::kFloat16:
+      return WeightGradient<Half>(params, parallel).run();
+    case ScalarType::kBFloat16:
+      return WeightGradient<BFloat16>(params, parallel).run();
+    case ScalarType::kFloat64:
+      return;
+  }
+}
+
+}  // namespace glance

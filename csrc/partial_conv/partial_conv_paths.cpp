@@ -1,0 +1,227 @@
+#include "partial_conv/partial_conv_paths.h"
+
+#include <ATen/ops/convolution.h>
+#include <ATen/ops/convolution_backward.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/where.h>
+#include <ATen/ops/zeros.h>
+#include <ATen/ops/zeros_like.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/tensor_check.h"
+
+namespace glance {
+namespace {
+
+// Masked copies and convolutions before their rescaling are held for a few images at a time on a
+// CPU: about a cache of them, instead of a whole batch.
+constexpr int64_t kPartBytes = 4 * 1024 * 1024;
+
+int64_t images_at_a_time(const PartialConvCall& call) {
+  const PartialConvParams& p = call.params;
+  if (!call.input.is_cpu()) return std::max<int64_t>(p.batch, 1);
+  const int64_t in = p.in_channels * p.in_height * p.in_width;
+  const int64_t out = p.out_channels * p.out_height * p.out_width;
+  const int64_t bytes = std::max<int64_t>((in + out) * call.input.element_size(), 1);
+  return std::clamp<int64_t>(kPartBytes / bytes, 1, std::max<int64_t>(p.batch, 1));
+}
+
+// The call on images [first, first + count) of its batch.
+PartialConvCall part_of(const PartialConvCall& call, int64_t first, int64_t count) {
+  PartialConvCall part = call;
+  part.input = call.input.narrow(0, first, count);
+  if (call.mask.size(0) != 1) part.mask = call.mask.narrow(0, first, count);
+  if (call.result.defined()) part.result = call.result.narrow(0, first, count);
+  part.params.batch = count;
+  part.params.mask_batch = part.mask.size(0);
+  part.params.mask = static_cast<const uint8_t*>(part.mask.const_data_ptr());
+  return part;
+}
+
+template <typename Body>
+void for_parts(const PartialConvCall& call, Body&& body) {
+  const int64_t step = images_at_a_time(call);
+  int64_t first = 0;
+  do {  // once for an empty batch too
+    const int64_t count = std::min(step, call.params.batch - first);
+    body(part_of(call, first, count), first, count);
+    first += count;
+  } while (first < call.params.batch);
+}
+
+at::Tensor window_ratio(PartialConvCall& call) {
+  PartialConvParams& p = call.params;
+  const at::Tensor ratio = at::empty({p.mask_batch, p.ratio_groups(), p.out_height, p.out_width},
+                                     call.input.options().dtype(accumulate_dtype(p.dtype)));
+  p.ratio = ratio.mutable_data_ptr();
+  run_kernel(call.input, p, ratio_rows(p), grain_size(p.out_width * p.window_size()),
+             window_ratio_cpu, GLANCE_CUDA(window_ratio_cuda));
+  return ratio;
+}
+
+// where(mask, input, 0) into `target`, which may be the input itself.
+void mask_into(PartialConvParams p, const at::Tensor& input, const at::Tensor& target) {
+  p.input = input.const_data_ptr();
+  p.masked_input = target.mutable_data_ptr();
+  run_kernel(input, p, input_rows(p), grain_size(p.in_width), mask_input_cpu,
+             GLANCE_CUDA(mask_input_cuda));
+}
+
+// The input itself where nothing is masked, which a CPU finds out at once.
+at::Tensor masked_input(const PartialConvCall& call) {
+  if (call.input.is_cpu()) {
+    const auto* mask = static_cast<const uint8_t*>(call.mask.const_data_ptr());
+    if (std::memchr(mask, 0, call.mask.numel()) == nullptr) return call.input;
+  }
+  at::Tensor masked = at::empty_like(call.input, at::MemoryFormat::Preserve);
+  mask_into(call.params, call.input, masked);
+  return masked;
+}
+
+at::Tensor pack_weights(PartialConvCall& call, const SweepSizes& sizes,
+                        void (*pack)(const PartialConvBackwardParams&, int64_t, int64_t)) {
+  PartialConvBackwardParams& p = call.params;
+  at::Tensor packed = at::empty({sizes.packed_bytes}, call.input.options().dtype(at::kByte));
+  p.packed = packed.mutable_data_ptr();
+  at::parallel_for(0, sizes.panels, 1, [&](int64_t begin, int64_t end) { pack(p, begin, end); });
+  return packed;
+}
+
+}  // namespace
+
+std::tuple<at::Tensor, at::Tensor> forward_fused(PartialConvCall& call) {
+  PartialConvBackwardParams& p = call.params;
+  at::Tensor output = at::empty({p.batch, p.out_channels, p.out_height, p.out_width},
+                                call.input.options(), memory_format(call.input));
+  at::Tensor valid =
+      at::empty({p.mask_batch, p.ratio_groups(), p.out_height, p.out_width}, call.mask.options());
+  p.input = call.input.const_data_ptr();
+  p.output = output.mutable_data_ptr();
+  p.valid = static_cast<uint8_t*>(valid.mutable_data_ptr());
+  if (p.batch == 0) {
+    window_valid_cpu(p, 0, ratio_rows(p));
+    return {output, valid};
+  }
+  const SweepSizes sizes = sweep_sizes(p, Sweep::kForward);
+  const at::Tensor packed = pack_weights(call, sizes, pack_forward_cpu);
+  at::parallel_for(0, sizes.tiles, 1,
+                   [&](int64_t begin, int64_t end) { fused_forward_cpu(p, begin, end); });
+  return {output, valid};
+}
+
+std::tuple<at::Tensor, at::Tensor> forward_library(PartialConvCall& call) {
+  PartialConvBackwardParams& all = call.params;
+  const at::MemoryFormat format = memory_format(call.input);
+  const at::Tensor ratio = window_ratio(call);
+  at::Tensor output;
+  for_parts(call, [&](PartialConvCall part, int64_t first, int64_t count) {
+    PartialConvParams& p = part.params;
+    const bool whole = count == all.batch;
+    at::Tensor plain =
+        at::convolution(masked_input(part), part.weight, std::nullopt, p.stride, p.padding,
+                        p.dilation, /*transposed=*/false, {0, 0}, p.groups)
+            .contiguous(format);
+    if (!output.defined()) {
+      output = whole ? plain
+                     : at::empty({all.batch, p.out_channels, p.out_height, p.out_width},
+                                 call.input.options(), format);
+    }
+    const at::Tensor of_ratio = all.mask_batch == 1 ? ratio : ratio.narrow(0, first, count);
+    const at::Tensor target = output.narrow(0, first, count);
+    p.ratio = of_ratio.mutable_data_ptr();
+    p.plain = plain.const_data_ptr();
+    p.output = target.mutable_data_ptr();
+    const int64_t row = p.out_width * (p.channels_last ? p.out_channels : 1);
+    run_kernel(call.input, p, output_rows(p), grain_size(row), rescale_cpu,
+               GLANCE_CUDA(rescale_cuda));
+  });
+  return {output, ratio.ne(0)};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_fused(PartialConvCall& call,
+                                                              const at::Tensor& grad_output,
+                                                              std::array<bool, 3> wanted) {
+  PartialConvBackwardParams& p = call.params;
+  at::Tensor grads[3];
+  grads[0] = wanted[0] ? at::empty_like(call.input, at::MemoryFormat::Preserve)
+                       : at::empty({0}, call.input.options());
+  grads[1] = wanted[1] ? at::empty_like(call.weight, at::MemoryFormat::Preserve)
+                       : at::empty({0}, call.weight.options());
+  grads[2] = at::empty({wanted[2] ? p.out_channels : 0}, call.input.options());
+  p.input = call.input.const_data_ptr();
+  p.grad_output = grad_output.const_data_ptr();
+  p.result = call.result.defined() ? call.result.const_data_ptr() : nullptr;
+  if (wanted[0] && p.batch > 0) {
+    p.grad_input = grads[0].mutable_data_ptr();
+    const SweepSizes sizes = sweep_sizes(p, Sweep::kGradInput);
+    const at::Tensor packed = pack_weights(call, sizes, pack_grad_input_cpu);
+    at::parallel_for(0, sizes.tiles, 1,
+                     [&](int64_t begin, int64_t end) { fused_grad_input_cpu(p, begin, end); });
+  }
+  if (wanted[1] || wanted[2]) {
+    p.grad_weight = wanted[1] ? grads[1].mutable_data_ptr() : nullptr;
+    p.grad_bias = wanted[2] ? grads[2].mutable_data_ptr() : nullptr;
+    fused_grad_weight_cpu(p, [](int64_t count, const auto& body) {
+      at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end); });
+    });
+  }
+  return {grads[0], grads[1], grads[2]};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_library(PartialConvCall& call,
+                                                                const at::Tensor& grad_output,
+                                                                std::array<bool, 3> wanted) {
+  const at::Tensor ratio = window_ratio(call);
+  const PartialConvBackwardParams& all = call.params;
+  at::Tensor grad_input = at::empty({0}, call.input.options());
+  at::Tensor grad_weight = at::empty({0}, call.weight.options());
+  at::Tensor grad_bias = at::empty({0}, call.input.options());
+  at::Tensor weight_sum, bias_sum;  // over the parts, in the accumulate type
+  const auto add = [&](at::Tensor& sum, const at::Tensor& part) {
+    const at::Tensor wide = part.to(accumulate_dtype(all.dtype));
+    sum = sum.defined() ? sum.add_(wide) : wide;
+  };
+  if (wanted[0]) grad_input = at::empty_like(call.input, at::MemoryFormat::Preserve);
+  for_parts(call, [&](PartialConvCall part, int64_t first, int64_t count) {
+    PartialConvBackwardParams& p = part.params;
+    const at::Tensor of_ratio = all.mask_batch == 1 ? ratio : ratio.narrow(0, first, count);
+    at::Tensor grad = grad_output.narrow(0, first, count);
+    if (part.result.defined()) {
+      const at::Tensor below =
+          p.negative_slope == 0 ? at::zeros({}, grad.options()) : grad.mul(p.negative_slope);
+      grad = at::where(part.result.gt(0), grad, below).contiguous(memory_format(call.input));
+    }
+    if (wanted[2]) {
+      at::Tensor valid = of_ratio.ne(0);
+      if (p.ratio_groups() != 1) valid = valid.repeat_interleave(p.out_channels / p.groups, 1);
+      add(bias_sum, at::where(valid, grad, at::zeros({}, grad.options())).sum({0, 2, 3}));
+    }
+    if (!wanted[0] && !wanted[1]) return;
+    at::Tensor grad_conv = at::empty_like(grad, at::MemoryFormat::Preserve);
+    p.ratio = of_ratio.mutable_data_ptr();
+    p.grad_output = grad.const_data_ptr();
+    p.grad_conv = grad_conv.mutable_data_ptr();
+    const int64_t row = p.out_width * (p.channels_last ? p.out_channels : 1);
+    run_kernel(call.input, p, output_rows(p), grain_size(row), rescale_backward_cpu,
+               GLANCE_CUDA(rescale_backward_cuda));
+    auto [of_input, of_weight, unused] = at::convolution_backward(
+        grad_conv, wanted[1] ? masked_input(part) : part.input, part.weight, std::nullopt, p.stride,
+        p.padding, p.dilation, /*transposed=*/false, {0, 0}, p.groups,
+        {wanted[0], wanted[1], false});
+    if (wanted[0]) {
+      mask_into(p, of_input.contiguous(memory_format(call.input)),
+                grad_input.narrow(0, first, count));
+    }
+    if (wanted[1]) add(weight_sum, of_weight);
+  });
+  if (wanted[1]) {
+    grad_weight = weight_sum.to(call.weight.scalar_type()).contiguous(memory_format(call.weight));
+  }
+  if (wanted[2]) grad_bias = bias_sum.to(call.input.scalar_type());
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace glance
