@@ -29,6 +29,22 @@ int64_t images_at_a_time(const PartialConvCall& call) {
   return std::clamp<int64_t>(kPartBytes / bytes, 1, std::max<int64_t>(p.batch, 1));
 }
 
+// Zeroes the gradient of taps that see nothing but padding. oneDNN leaves memory as it found it
+// there in bfloat16 and channels_last (torch 2.14).
+void clear_unseen_taps(const PartialConvParams& p, const at::Tensor& grad_weight) {
+  const int64_t sizes[2] = {p.in_height, p.in_width}, outputs[2] = {p.out_height, p.out_width};
+  for (int axis = 0; axis < 2; ++axis) {
+    for (int64_t tap = 0; tap < p.kernel[axis]; ++tap) {
+      bool seen = false;
+      for (int64_t out = 0; out < outputs[axis] && !seen; ++out) {
+        const int64_t at = out * p.stride[axis] - p.padding[axis] + tap * p.dilation[axis];
+        seen = at >= 0 && at < sizes[axis];
+      }
+      if (!seen) grad_weight.select(2 + axis, tap).zero_();
+    }
+  }
+}
+
 // The call on images [first, first + count) of its batch.
 PartialConvCall part_of(const PartialConvCall& call, int64_t first, int64_t count) {
   PartialConvCall part = call;
@@ -219,6 +235,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_library(PartialConvCall&
   });
   if (wanted[1]) {
     grad_weight = weight_sum.to(call.weight.scalar_type()).contiguous(memory_format(call.weight));
+    clear_unseen_taps(call.params, grad_weight);
   }
   if (wanted[2]) grad_bias = bias_sum.to(call.input.scalar_type());
   return {grad_input, grad_weight, grad_bias};

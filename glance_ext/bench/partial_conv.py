@@ -260,7 +260,9 @@ class _Inputs:
         rows = max(1, _WINDOW_BYTES // (8 * taps * out_side))
         images = max(1, rows // out_side)
         pads = [s.padding] * 4
-        leaves = [t.detach().double().requires_grad_() for t in (self.weight, self.bias)]
+        weight = self.weight.detach().double().requires_grad_()
+        bias = self.bias.detach().double().requires_grad_()
+        leaves = (weight, bias)
         grads = [torch.zeros_like(leaf) for leaf in leaves]
         expected = {
             "output": torch.empty(self.grad_output.shape, dtype=torch.float64),
@@ -278,10 +280,10 @@ class _Inputs:
                 band = slice(top * s.stride, (bottom - 1) * s.stride + s.kernel)
                 x = image[:, :, band].requires_grad_()
                 if plain:
-                    output = F.conv2d(x, *leaves, s.stride)
+                    output = F.conv2d(x, weight, bias, s.stride)
                 else:
                     output, mask_out = reference.partial_conv2d(
-                        x, mask[:, :, band], *leaves, [s.stride] * 2, [0, 0], [1, 1], 1
+                        x, mask[:, :, band], weight, bias, [s.stride] * 2, [0, 0], [1, 1], 1
                     )
                     expected["mask_out"][part, :, top:bottom] = mask_out.double()
                 expected["output"][part, :, top:bottom] = output.detach()

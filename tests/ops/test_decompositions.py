@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -16,12 +16,26 @@ from glance_ext.ops.decompositions import partial_conv2d as decomposed
 from glance_ext.testing import assert_matches_reference
 from tests.ops.test_partial_conv import (
     DTYPES,
+    Call,
     absolute,
     calls,
     native,
     property_test,
     with_gradients,
 )
+
+
+def every_tap_is_seen(call: Call) -> bool:
+    stride, padding, dilation, _ = call.geometry
+    for axis in (0, 1):
+        size, taps = call.input.shape[2 + axis], call.weight.shape[2 + axis]
+        reach = dilation[axis] * (taps - 1) + 1
+        outputs = (size + 2 * padding[axis] - reach) // stride[axis] + 1
+        for tap in range(taps):
+            first = tap * dilation[axis] - padding[axis]
+            if not any(0 <= first + out * stride[axis] < size for out in range(outputs)):
+                return False
+    return True
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -31,6 +45,9 @@ def test_decomposition_matches_the_reference_forward_and_backward(
     dtype: torch.dtype, data: st.DataObject
 ) -> None:
     call = data.draw(calls(dtype))
+    # torch's own backward in bfloat16 and channels_last leaves the gradient of taps that see only
+    # padding as it found the memory; ours zeroes it.
+    assume(dtype != torch.bfloat16 or every_tap_is_seen(call))
     output, mask_out = native(*call.to(dtype))
     grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     got = with_gradients(decomposed, call.to(dtype), grad)

@@ -477,3 +477,23 @@ def test_backward_op_names_a_bad_gradient() -> None:
         op(torch.ones(2, 6, 3, 3), input, mask, weight, *geometry, [True] * 3)
     with pytest.raises(TypeError, match=f"^{start}the input's float32, got float64"):
         op(torch.ones(2, 6, 3, 4).double(), input, mask, weight, *geometry, [True] * 3)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [(2, 1), (16, 64)])
+def test_taps_that_see_only_padding_have_gradient_zero(
+    memory_format: torch.memory_format, channels: tuple[int, int]
+) -> None:
+    inputs, outputs = channels
+    for _ in range(50):  # memory that others have left
+        junk = [torch.full((n,), 1e30, dtype=torch.bfloat16) for n in (4, 16, 64, 256, 4096)]
+        del junk
+        image = torch.ones(1, inputs, 1, 2, dtype=torch.bfloat16)
+        image = image.contiguous(memory_format=memory_format)
+        weight = torch.ones(outputs, inputs, 1, 2, dtype=torch.bfloat16, requires_grad=True)
+        output, _ = partial_conv2d(
+            image, torch.ones(1, 2, dtype=torch.bool), weight, stride=(1, 3), padding=(0, 1)
+        )
+        (grad,) = torch.autograd.grad(output.sum(), weight)
+        assert grad[..., 0].abs().max() == 0
+        assert (grad[..., 1] == 2).all()  # one of two pixels of the window is there
