@@ -20,7 +20,7 @@ from glance_ext import _library
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ("KERNEL_SOURCES", "CUDA_SOURCES", "OP_SOURCES")
 # What may know torch; everything else in csrc compiles without it.
-TORCH_FILES = re.compile(r"_op\.cpp$|/library\.cpp$|/bindings\.cpp$|/tensor_check\.h$")
+TORCH_FILES = re.compile(r"_op\.cpp$|_ops\.h$|/library\.cpp$|/bindings\.cpp$|/tensor_check\.h$")
 ONE_COMMAND = (
     "pip install 'setuptools>=77' ninja 'torch>=2.10' && pip install --no-build-isolation ."
 )

@@ -104,7 +104,7 @@ def put(value, *path):
         (put(-0.1, "results", 0, "iqr_ms"), "iqr_ms"),
         (put(float("nan"), "results", 0, "peak_mib"), "peak_mib"),
         (put(None, "results", 0, "max_error"), "max_error"),
-        (put(1.0, "results", 1, "peak_mib"), "a limit, to have no peak_mib"),
+        (put(1.0, "results", 1, "peak_mib"), "limit, to have no peak_mib"),
         (put("ours", "results", 1, "variant"), "peak_mib"),
         (put(0.9, "results", 0, "p95_ms"), "p95_ms of at least its median_ms"),
         (put(None, "results", 0, "p95_ms"), "p95_ms"),
