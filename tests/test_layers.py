@@ -92,8 +92,8 @@ def modules_after(statement: str) -> set[str]:
 def test_help_loads_nothing_heavy() -> None:
     loaded = modules_after(
         "from glance_ext.cli import main\nfrom click.testing import CliRunner\n"
-        "for command in ('train', 'detect', 'evaluate', 'distill', 'demo', 'doctor', 'bench',\n"
-        "                'reproduce'):\n"
+        "for command in ('train', 'detect', 'evaluate', 'distill', 'demo', 'doctor', 'bench',"
+        " 'reproduce'):\n"
         "    assert CliRunner().invoke(main, [command, '--help']).exit_code == 0"
     )
     assert "glance_ext" in loaded

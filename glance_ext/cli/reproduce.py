@@ -119,16 +119,7 @@ for _name, _title in _DATASETS.items():
 @click.option(
     "--class", "normal", multiple=True, help="Only this normal class; may be given repeatedly."
 )
-@click.option(
-    "--image-score",
-    type=click.Choice(["mean", "max"]),
-    default="mean",
-    show_default=True,
-    help="How an image's map becomes its score.",
-)
-def cifar10(
-    root: Path, normal: tuple[str, ...], image_score: str, json_file: Path | None, **options: Any
-) -> int:
+def cifar10(root: Path, normal: tuple[str, ...], json_file: Path | None, **options: Any) -> int:
     """One-class CIFAR-10, beside the paper's Table 3.
 
     ROOT is the folder cifar-10-batches-py, its .tar.gz or the folder that holds it, or a folder or
@@ -136,7 +127,7 @@ def cifar10(
     class; its image AUROC is over all 10,000 test images.
 
     The images are enlarged to 256x256. --patch-scale is 4 and --grid 8 unless given: patches of
-    half an image's side.
+    half an image's side. --image-score is mean: what does not belong is the whole image.
     """
     from glance_ext.data.cifar import CLASSES, Cifar10
     from glance_ext.engine.cifar import SETTING, OneClass
@@ -148,9 +139,9 @@ def cifar10(
         options[key] = value if options[key] is None else options[key]
     if options["tile"]:
         raise GlanceError("--tile: expected images of 256x256 or more, CIFAR-10's are of 32x32")
-    plan = _plan("cifar10", {"image_score": image_score}, options)
+    plan = _plan("cifar10", {}, options)
     with Failures() as failures:
-        one_class = OneClass(Cifar10(root), image_score, failures)
+        one_class = OneClass(Cifar10(root), failures)
 
         def run(name: str) -> Figures:
             return one_class.run(plan, name, _bar("score", "batch"))

@@ -73,8 +73,9 @@ def training_options(command: Any) -> Any:
         ),
         click.option(
             "--image-score",
-            type=click.Choice(["max", "contrast"]),
-            help="An image's score: the greatest value of its map, or that above the map's median.",
+            type=click.Choice(["max", "contrast", "mean"]),
+            help="An image's score: the greatest value of its map, that above the map's median, or "
+            "the mean.",
         ),
         click.option(
             "--aggregation",

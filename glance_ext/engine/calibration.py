@@ -97,8 +97,11 @@ def image_score(anomaly_map: Tensor, kind: str) -> float:
     Args:
         anomaly_map: At the resolution at which patches were scored.
         kind: ``"max"`` for the greatest value; ``"contrast"`` for the greatest value above the
-            median, so that what changes a whole image (light, focus, grain) does not count.
+            median, so that what changes a whole image (light, focus, grain) does not count;
+            ``"mean"`` where an anomaly is the whole image, not a spot.
     """
+    if kind == "mean":
+        return float(anomaly_map.mean())
     highest = float(anomaly_map.max())
     return highest - float(anomaly_map.median()) if kind == "contrast" else highest
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -18,14 +18,9 @@ from glance_ext.engine.train import NormalImages, train_loaded
 from glance_ext.metrics import auroc
 from glance_ext.models.glance import IMAGE_SIZE
 
-SETTING = {"patch_scale": 4, "grid": "8"}
-"""Where patches lie on an image enlarged from 32x32 to 256x256: 25 patches of half its side."""
-
-IMAGE_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
-    "mean": lambda maps: maps.mean((1, 2)),
-    "max": lambda maps: maps.amax((1, 2)),
-}
-"""How a map becomes its image's score: what does not belong is the whole image, not a spot."""
+SETTING = {"patch_scale": 4, "grid": "8", "image_score": "mean"}
+"""On an image enlarged from 32x32 to 256x256: 25 patches of half its side, and as its score the mean
+of its map, since what does not belong is the whole image, not a spot."""
 
 _BATCH = 50
 
@@ -35,13 +30,11 @@ class OneClass:
 
     Args:
         data: The data set.
-        image_score: A name of :data:`IMAGE_SCORES`.
         on_error: Called for each image that cannot be used.
     """
 
-    def __init__(self, data: Cifar10, image_score: str, on_error: OnError) -> None:
+    def __init__(self, data: Cifar10, on_error: OnError) -> None:
         self._data = data
-        self._score = IMAGE_SCORES[image_score]
         self._on_error = on_error
         self._test: tuple[Tensor, Tensor] | None = None
 
@@ -99,7 +92,7 @@ class OneClass:
     def _scores(self, detector: Detector, small: Tensor) -> Tensor:
         """One score an image, ``(N,)`` float64."""
         maps = detector.score_maps(Enlarged(small, IMAGE_SIZE)[:])
-        return self._score(maps.double())
+        return torch.tensor([detector.image_score(one) for one in maps.double()])
 
 
 def _normal(images: Tensor, settings: TrainSettings) -> NormalImages:

@@ -11,7 +11,7 @@ from glance_ext.errors import GlanceError
 PRECISIONS = ("float32", "bfloat16")
 PATCH_SCALES = (1, 2, 4)
 AGGREGATIONS = ("mean", "gaussian", "max", "idw")
-IMAGE_SCORES = ("max", "contrast")
+IMAGE_SCORES = ("max", "contrast", "mean")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class TrainSettings:
             normal patches before mixing; the paper mixes raw scores.
         whiten: Whether ``s_IAD`` is of the difference whitened over held-out normal patches; the
             paper's is of the difference as it is.
-        image_score: What of its map an image's score is: ``"max"``, or ``"contrast"`` for the
-            greatest value above the map's median.
+        image_score: What of its map an image's score is: ``"max"``, ``"contrast"`` for the
+            greatest value above the map's median, or ``"mean"``.
         aggregation: How patches become a map; see ``aggregate_patch_scores``.
         grid: Which patches are scored: a stride, or ``"paper"``.
         patch_scale: How often the image is halved for Local-Net, as a factor, 1, 2 or 4: its patch

@@ -90,11 +90,12 @@ def test_models_from_before_tiles_and_image_scores_have_none() -> None:
     assert Calibration.from_json(value) == calibration(tile=False, image_score="max")
 
 
-def test_an_images_score_is_its_greatest_value_or_that_above_the_median() -> None:
+def test_an_images_score_is_its_greatest_value_that_above_the_median_or_the_mean() -> None:
     anomaly_map = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 16.0], [7.0, 8.0, 9.0]])
     assert image_score(anomaly_map, "max") == 16
     assert image_score(anomaly_map, "contrast") == 16 - 5
     assert image_score(anomaly_map + 100, "contrast") == 16 - 5
+    assert image_score(anomaly_map, "mean") == pytest.approx(55 / 9)
 
 
 def test_scales_are_taken_over_all_patches_of_all_images() -> None:
