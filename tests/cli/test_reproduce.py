@@ -5,11 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from glance_ext.data.cifar import CLASSES
+from glance_ext.data.patches import Enlarged
 from glance_ext.engine import cifar, reproduce
 from glance_ext.engine.evaluate import METRIC_NAMES
 from glance_ext.engine.paper import paper_table, row_key
+from glance_ext.engine.settings import preset
 from glance_ext.errors import Interrupted
 from tests.cli.conftest import Run
 from tests.data import trees
@@ -283,3 +286,34 @@ def test_the_tables_are_as_they_were_handed_over(name: str) -> None:
         pytest.skip("needs ../shared/paper")
     shipped = Path(reproduce.__file__).resolve().parents[1] / "data" / name
     assert shipped.read_bytes() == original.read_bytes()
+
+
+# ---------------------------------------------------------------- what is held out
+
+
+def test_mvtec_ad_2_is_calibrated_on_its_validation_images(
+    run: Run, options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = trees.mvtec_ad_2(tmp_path / "data")
+    for i in range(1, 3):
+        trees.draw(root / "can" / "validation" / "good" / f"{i:03}_regular.png")
+    seen = []
+    begin = reproduce.train
+    monkeypatch.setattr(reproduce, "train", lambda *a, **k: seen.append(begin(*a, **k)) or seen[-1])
+    call = ["reproduce", "mvtec-ad-2", root, "-o", tmp_path / "out", "--grid", 33, *options]
+    assert run(*call).exit_code == 0
+    assert (seen[0].images, seen[0].held_out) == (3, 3)  # none of the training images is held out
+    assert len(seen[0].detector.calibration.held_out_scores) == 3
+
+
+def test_no_image_of_cifar_is_both_learnt_and_held_out() -> None:
+    images = torch.from_numpy(trees.cifar_pixels("train", 3, 20))
+    normal = cifar._normal(images, preset("quick", seed=5))
+    assert (normal.count, len(normal.held_out)) == (16, 4)
+    learnt = {image.tobytes() for image in normal.images.small.numpy()}
+    held = [small for small in images if small.numpy().tobytes() not in learnt]
+    assert len(learnt) == 16
+    expected = Enlarged(torch.stack(held), (256, 256))
+    assert all(torch.equal(a, expected[i]) for i, a in enumerate(normal.held_out))
+    other = cifar._normal(images, preset("quick", seed=6))
+    assert other.fingerprint != normal.fingerprint

@@ -213,3 +213,20 @@ def test_the_package_carries_a_standardised_local_net() -> None:
     with torch.no_grad():
         features = net.local_net(normalise(torch.rand(4, 3, 33, 33)))
     assert torch.isfinite(features).all()
+
+
+def test_fine_tuning_cuts_its_patches_from_the_shrunk_image(
+    local_net_file: Path, teacher: Teacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[torch.Tensor] = []
+    crop = module.crop_patches
+    monkeypatch.setattr(module, "crop_patches", lambda *a: seen.append(a[0]) or crop(*a))
+    net = load_local_net(local_net_file)
+    images = torch.rand(3, 3, 256, 256)
+    stage = module.fine_tune_stage(
+        net, teacher, images, DistillSettings(steps=1, batch_size=4), torch.device("cpu"), shrink=4
+    )
+    stage.step(torch.Generator().manual_seed(0))
+    assert seen[0].shape == (4, 3, 64, 64)
+    means = [image.mean() for image in images]
+    assert min(abs(seen[0][0].mean() - mean) for mean in means) < 1e-5  # shrunk, not cut
