@@ -158,6 +158,23 @@ std::tuple<at::Tensor, at::Tensor> partial_conv2d(const at::Tensor& input, const
   return {output, next_mask(p, work.ratio, mask.scalar_type())};
 }
 
+// A weight that only ever stands on padding has a gradient of 0. oneDNN leaves such weights
+// unwritten in the 16-bit dtypes with channels_last (seen with torch 2.14).
+void clear_weights_on_padding(const at::Tensor& grad_weight, const PartialConvParams& p) {
+  const int64_t in[2] = {p.in_height, p.in_width}, out[2] = {p.out_height, p.out_width};
+  for (int axis = 0; axis < 2; ++axis) {
+    for (int64_t tap = 0; tap < p.kernel[axis]; ++tap) {
+      const int64_t first = tap * p.dilation[axis] - p.padding[axis];
+      bool meets = false;
+      for (int64_t at = 0; at < out[axis] && !meets; ++at) {
+        const int64_t pixel = first + at * p.stride[axis];
+        meets = pixel >= 0 && pixel < in[axis];
+      }
+      if (!meets) grad_weight.select(2 + axis, tap).zero_();
+    }
+  }
+}
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> partial_conv2d_backward(
     const at::Tensor& grad_output, const at::Tensor& input, const at::Tensor& mask,
     const at::Tensor& weight, at::IntArrayRef stride, at::IntArrayRef padding,
@@ -198,7 +215,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> partial_conv2d_backward(
       run_kernel(input, p, input_rows(p), grain_size(p.in_width), mask_input_cpu,
                  GLANCE_CUDA(mask_input_cuda));
     }
-    if (output_mask[1]) grad_weight = of_weight.contiguous(memory_format(weight));
+    if (output_mask[1]) {
+      grad_weight = of_weight.contiguous(memory_format(weight));
+      if (grad_weight.is_cpu()) clear_weights_on_padding(grad_weight, p);
+    }
   }
   if (output_mask[2]) {
     at::Tensor valid = work.ratio.ne(0);

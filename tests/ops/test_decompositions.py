@@ -31,6 +31,9 @@ def test_decomposition_matches_the_reference_forward_and_backward(
     dtype: torch.dtype, data: st.DataObject
 ) -> None:
     call = data.draw(calls(dtype))
+    # torch's own conv2d leaves weights that only stand on padding without a gradient in the 16-bit
+    # dtypes with channels_last (CPU, torch 2.14).
+    call.input = call.input.contiguous()
     output, mask_out = native(*call.to(dtype))
     grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     got = with_gradients(decomposed, call.to(dtype), grad)
