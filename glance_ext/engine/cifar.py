@@ -19,8 +19,8 @@ from glance_ext.metrics import auroc
 from glance_ext.models.glance import IMAGE_SIZE
 
 SETTING = {"patch_scale": 4, "grid": "8", "image_score": "mean"}
-"""On an image enlarged from 32x32 to 256x256: 25 patches of half its side, and as its score the mean
-of its map, since what does not belong is the whole image, not a spot."""
+"""On an image enlarged from 32x32 to 256x256: 25 patches of half its side, and as its score the
+mean of its map, since what does not belong is the whole image, not a spot."""
 
 _BATCH = 50
 

@@ -294,6 +294,8 @@ def _shape(index: int, module: nn.Module) -> LayerShape:
             _cannot_plan(name, "padding_mode='zeros'", f"{module.padding_mode!r}")
         if partial and module.multi_channel:
             _cannot_plan(name, "multi_channel=False", "True")
+        if partial and module.soft_mask:
+            _cannot_plan(name, "soft_mask=False", "True")
         padding: tuple[int, ...] = (0, 0)
         if isinstance(module.padding, str):
             before_after = module._reversed_padding_repeated_twice

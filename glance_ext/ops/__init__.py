@@ -1,13 +1,21 @@
 """The ops, usable alone: importing them needs torch and nothing else heavy.
 
-Each op has a native implementation for CPU and CUDA (csrc/), a specification in plain torch
-(:mod:`glance_ext.ops.reference`), and a page in docs/ops.md.
+``partial_conv2d``, ``aggregate_patch_scores``, ``gather_holes`` and ``hole_conv2d`` have a native
+implementation for CPU and CUDA (csrc/), and a specification in plain torch
+(:mod:`glance_ext.ops.reference`); the others are composed of torch's own operators. Each has a page
+in docs/ops.md.
 """
 
 from glance_ext.ops.decompositions import decompositions
 from glance_ext.ops.hole_sequence import HoleLayer, hole_sequence
 from glance_ext.ops.hole_windows import gather_holes, hole_conv2d, hole_max_pool2d
 from glance_ext.ops.partial_conv import partial_conv2d
+from glance_ext.ops.partial_conv_nd import (
+    partial_conv1d,
+    partial_conv3d,
+    partial_conv_transpose2d,
+    soft_partial_conv2d,
+)
 from glance_ext.ops.patch_scores import aggregate_patch_scores
 
 __all__ = [
@@ -18,5 +26,9 @@ __all__ = [
     "hole_conv2d",
     "hole_max_pool2d",
     "hole_sequence",
+    "partial_conv1d",
     "partial_conv2d",
+    "partial_conv3d",
+    "partial_conv_transpose2d",
+    "soft_partial_conv2d",
 ]

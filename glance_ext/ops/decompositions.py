@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glance_ext import _library
+from glance_ext.ops.partial_conv_nd import compose
 
 
 def partial_conv2d(
@@ -27,9 +28,6 @@ def partial_conv2d(
     groups: int,
 ) -> tuple[Tensor, Tensor]:
     """Partial convolution as two convolutions, of the valid pixels and of the mask.
-
-    As the native op rounds: the convolution in the input's dtype, ratio and bias in float32 or
-    wider. The counts are exact, since sums of ones are, below 2^24.
 
     Args:
         input: As :func:`glance_ext.ops.partial_conv2d`, with each of stride, padding and dilation
@@ -45,29 +43,26 @@ def partial_conv2d(
     Returns:
         Output and the next layer's mask.
     """
-    wide = torch.float64 if input.dtype == torch.float64 else torch.float32
-    outputs, group_channels, height, width = weight.shape
     if mask.dim() < 4:
         mask = mask[None, None] if mask.dim() == 2 else mask[:, None]
-    valid = mask if mask.dtype == torch.bool else mask != 0
-    many = mask.shape[1] != 1
-    mask_groups, mask_channels = (groups, group_channels) if many else (1, 1)
-    geometry = (list(stride), list(padding), list(dilation))
+    height, width = weight.shape[2:]
 
-    ones = torch.ones((mask_groups, mask_channels, height, width), dtype=wide, device=input.device)
-    count = F.conv2d(valid.to(wide), ones, None, *geometry, mask_groups)
-    if many and groups != 1:  # a group's count for each of its outputs
-        count = count.repeat_interleave(outputs // groups, 1)
-    seen = count > 0
-    ratio = (mask_channels * height * width) / count.clamp_min(1)
-    output = F.conv2d(torch.where(valid, input, 0), weight, None, *geometry, groups)
-    output = output.to(wide) * ratio
-    if bias is not None:
-        output = output + bias.to(wide)[:, None, None]
-    output = torch.where(seen, output, 0).to(input.dtype)
-    if many and groups == 1:
-        seen = seen.expand(-1, outputs, -1, -1)
-    return output, seen.to(mask.dtype)
+    def convolve(x: Tensor, w: Tensor, parts: int) -> Tensor:
+        return F.conv2d(x, w, None, list(stride), list(padding), list(dilation), parts)
+
+    def count(x: Tensor, parts: int) -> Tensor:
+        return convolve(x, x.new_ones(parts, x.shape[1] // parts, height, width), parts)
+
+    return compose(
+        input,
+        mask,
+        bias,
+        weight.shape[0],
+        groups,
+        lambda x: convolve(x, weight, groups),
+        count,
+        height * width,
+    )
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

@@ -77,50 +77,6 @@ def test_no_call_remembers_the_mask_of_the_one_before() -> None:
     assert set(vars(layer)) == set(vars(PartialConv2d(2, 3, 3)))
 
 
-def equation_of_nvidias_layer(
-    layer: PartialConv2d, image: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """What NVIDIA's layer computes in float32, written down from its description.
-
-    The bias takes no part in the rescaling, the ratio has an epsilon below, and where nothing was
-    valid the output is zero.
-    """
-    channels = layer.in_channels if layer.multi_channel else 1
-    outputs = layer.out_channels if layer.multi_channel else 1
-    counting = torch.ones(outputs, channels, *layer.kernel_size)
-    settings = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
-    count = F.conv2d(mask, counting, **settings)
-    mask_out = count.clamp(0, 1)
-    ratio = mask_out * (counting[0].numel() / (count + 1e-8))
-    result = F.conv2d(image * mask, layer.weight, None, groups=layer.groups, **settings) * ratio
-    if layer.bias is not None:
-        result = (result + layer.bias[:, None, None]) * mask_out
-    return result, mask_out
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("multi_channel", [False, True])
-@every_geometry
-def test_equals_nvidias_layer(geometry: dict[str, Any], multi_channel: bool, batch: int) -> None:
-    if multi_channel and "groups" in geometry:
-        geometry = {**geometry, "groups": 1}  # NVIDIA's counts all groups together
-    settings = {**geometry, "multi_channel": multi_channel, "return_mask": True}
-    layer = PartialConv2d(4, 6, 3, **settings)
-    image = torch.randn(2, 4, 9, 8, requires_grad=True)
-    mask = holes(batch, 4 if multi_channel else 1, 9, 8)
-    mask[..., :5, :5] = 0
-    got, expected = layer(image, mask), equation_of_nvidias_layer(layer, image, mask)
-    for ours, theirs in zip(got, expected, strict=True):
-        ours, theirs = ours.expand_as(theirs), theirs.expand_as(ours)
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    grad = torch.randn_like(got[0])
-    leaves = [image, *layer.parameters()]
-    ours = torch.autograd.grad(got[0], leaves, grad)
-    theirs = torch.autograd.grad(expected[0], leaves, grad)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-5)
-
-
 def test_multi_channel_counts_each_group_for_itself() -> None:
     layer = PartialConv2d(4, 6, 3, groups=2, multi_channel=True, return_mask=True)
     image, mask = torch.randn(2, 4, 7, 7), holes(2, 4, 7, 7)
