@@ -36,10 +36,8 @@ struct SweepPlan {
   using Sum = A;
   using Result = O;
   static constexpr int64_t kTileBytes = 1024 * 1024;  // of source tiles in flight: of an L2
-  ? atoi(getenv("GL_TILE")) * 1024 : 256 * 1024;      // of source tiles in flight: of a small L2
+  static constexpr int64_t kTileCells = 1024;         // whose sums are held beside them
   static constexpr int64_t kUnits = 64;               // of work, for an even share of each thread
-  static inline int64_t kTileCells =
-      getenv("GL_CELLS") ? atoi(getenv("GL_CELLS")) : 1024;  // whose sums are held beside them
 
   MicroKernel<C, A, O> kernel;
   bool backward;
