@@ -155,38 +155,53 @@ class SweepWorker {
     if (plan.backward && p.result) activation_.resize(plan.tile_pixels[1] * plan.pitch);
   }
 
-  // Tiles are numbered by group, image, row, column; those of one group share the weights.
+  // Units of work are numbered by group, part of the panels, image, row, column of a tile.
   void run(int64_t begin, int64_t end) {
-    const int64_t of_image = plan_.tiles[0] * plan_.tiles[1], of_group = of_image * p_.batch;
+    const int64_t of_part = plan_.all_tiles(), of_group = of_part * plan_.parts;
     while (begin < end) {
-      const int64_t group = begin / of_group;
-      const int64_t last = std::min({begin + in_flight_, end, (group + 1) * of_group});
-      tiles_.clear();
-      rows_.clear();
-      empty_.clear();
-      int64_t pixels = 0;
-      for (int64_t index = begin; index < last; ++index) {
-        const int64_t image = index % of_group / of_image, at = index % of_image;
-        Tile tile;
-        tile.image = image;
-        tile.cell_y = at / plan_.tiles[1] * plan_.tile_cells[0];
-        tile.cell_x = at % plan_.tiles[1] * plan_.tile_cells[1];
-        tile.top = tile.cell_y * plan_.step[0];
-        tile.left = tile.cell_x * plan_.step[1];
-        tile.height = std::min(plan_.tile_cells[0] * plan_.step[0], plan_.target[0] - tile.top);
-        tile.width = std::min(plan_.tile_cells[1] * plan_.step[1], plan_.target[1] - tile.left);
-        tile.source = sources_.data() + (index - begin) * plan_.tile_size();
-        tile.first = pixels;
-        pixels += tile.height * tile.width;
-        if (list_cells(tile, group)) load(tile, group);
-        tiles_.push_back(tile);
+      const int64_t group = begin / of_group, part = begin % of_group / of_part;
+      const int64_t tile = begin % of_part, last = std::min(end, (group + 1) * of_group);
+      // Tiles are read once for all parts that have every one of them here.
+      const int64_t whole = tile == 0 ? (last - begin) / of_part : 0;
+      const int64_t count = whole > 0 ? of_part : std::min(last - begin, of_part - tile);
+      const int64_t parts = std::max<int64_t>(whole, 1);
+      const int64_t first_panel = part * plan_.panels / plan_.parts;
+      const int64_t end_panel = (part + parts) * plan_.panels / plan_.parts;
+      for (int64_t from = tile; from < tile + count; from += in_flight_) {
+        run_tiles(group, from, std::min(from + in_flight_, tile + count), first_panel, end_panel);
       }
-      multiply(group);
-      begin = last;
+      begin += parts * count;
     }
   }
 
  private:
+  void run_tiles(int64_t group, int64_t begin, int64_t end, int64_t first_panel,
+                 int64_t end_panel) {
+    const int64_t of_image = plan_.tiles[0] * plan_.tiles[1];
+    tiles_.clear();
+    rows_.clear();
+    empty_.clear();
+    writes_valid_ = p_.valid && first_panel == 0;
+    int64_t pixels = 0;
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t at = index % of_image;
+      Tile tile;
+      tile.image = index / of_image;
+      tile.cell_y = at / plan_.tiles[1] * plan_.tile_cells[0];
+      tile.cell_x = at % plan_.tiles[1] * plan_.tile_cells[1];
+      tile.top = tile.cell_y * plan_.step[0];
+      tile.left = tile.cell_x * plan_.step[1];
+      tile.height = std::min(plan_.tile_cells[0] * plan_.step[0], plan_.target[0] - tile.top);
+      tile.width = std::min(plan_.tile_cells[1] * plan_.step[1], plan_.target[1] - tile.left);
+      tile.source = sources_.data() + (index - begin) * plan_.tile_size();
+      tile.first = pixels;
+      pixels += tile.height * tile.width;
+      if (list_cells(tile, group)) load(tile, group);
+      tiles_.push_back(tile);
+    }
+    multiply(group, first_panel, end_panel);
+  }
+
   int64_t tile_pixels() const {
     return plan_.tile_cells[0] * plan_.tile_cells[1] * plan_.step[0] * plan_.step[1];
   }
@@ -203,7 +218,7 @@ class SweepWorker {
       } else {
         const int32_t* counts = counts_.row(n, ratio_group, tile.top + y);
         counts_.ratios(counts, tile.left, tile.left + tile.width, ratio_.data());
-        if (p_.valid && tile.image < p_.mask_batch && group < p_.ratio_groups()) {
+        if (writes_valid_ && tile.image < p_.mask_batch && group < p_.ratio_groups()) {
           uint8_t* valid = p_.valid +
                            ((n * p_.ratio_groups() + ratio_group) * p_.out_height + tile.top + y) *
                                p_.out_width +
@@ -322,7 +337,7 @@ class SweepWorker {
     }
   }
 
-  void multiply(int64_t group) {
+  void multiply(int64_t group, int64_t first_panel, int64_t end_panel) {
     const int64_t step = plan_.kernel.rows, strip = plan_.kernel.strip;
     const int64_t columns = plan_.kernel.columns;
     for (Rows& rows : rows_) {
@@ -333,7 +348,7 @@ class SweepWorker {
       }
     }
     const A slope = plan_.backward ? A(1) : A(p_.negative_slope);
-    for (int64_t panel = 0; panel < plan_.panels; ++panel) {
+    for (int64_t panel = first_panel; panel < end_panel; ++panel) {
       const int64_t index = group * plan_.panels + panel, first = panel * columns;
       const int64_t width = std::min(columns, plan_.target_channels - first);
       const int64_t pitch = in_place_ ? plan_.target_channels * p_.groups : columns;
@@ -405,6 +420,7 @@ class SweepWorker {
   WindowCounts counts_;
   int64_t in_flight_;  // tiles
   std::vector<C> sources_;
+  bool writes_valid_ = false;
   bool in_place_;               // results go to the target
   std::vector<O> sums_;         // (pixels of all tiles, columns)
   std::vector<O*> out_;         // of each of the micro-kernel's rows
@@ -423,7 +439,7 @@ void pack_panels(const PartialConvBackwardParams& p, int64_t begin, int64_t end)
 }
 
 template <Sweep kSweep>
-void run_tiles(const PartialConvBackwardParams& p, int64_t begin, int64_t end) {
+void run_units(const PartialConvBackwardParams& p, int64_t begin, int64_t end) {
   with_sweep_plan(p, kSweep, [&](const auto& plan) {
     SweepWorker<std::decay_t<decltype(plan)>>(p, plan).run(begin, end);
   });
@@ -437,7 +453,7 @@ SweepSizes sweep_sizes(const PartialConvBackwardParams& params, Sweep sweep) {
     using C = typename std::decay_t<decltype(plan)>::Factor;
     sizes.panels = params.groups * plan.panels;
     sizes.packed_bytes = sizes.panels * plan.panel_size * int64_t(sizeof(C));
-    sizes.tiles = params.groups * params.batch * plan.tiles[0] * plan.tiles[1];
+    sizes.units = params.groups * plan.parts * plan.all_tiles();
   });
   return sizes;
 }
@@ -447,7 +463,7 @@ void pack_forward_cpu(const PartialConvBackwardParams& params, int64_t begin, in
 }
 
 void fused_forward_cpu(const PartialConvBackwardParams& params, int64_t begin, int64_t end) {
-  run_tiles<Sweep::kForward>(params, begin, end);
+  run_units<Sweep::kForward>(params, begin, end);
 }
 
 void pack_grad_input_cpu(const PartialConvBackwardParams& params, int64_t begin, int64_t end) {
@@ -455,7 +471,7 @@ void pack_grad_input_cpu(const PartialConvBackwardParams& params, int64_t begin,
 }
 
 void fused_grad_input_cpu(const PartialConvBackwardParams& params, int64_t begin, int64_t end) {
-  run_tiles<Sweep::kGradInput>(params, begin, end);
+  run_units<Sweep::kGradInput>(params, begin, end);
 }
 
 }  // namespace glance

@@ -13,6 +13,7 @@ namespace glance {
 namespace {
 
 constexpr int64_t kStepBytes = 2 * 1024 * 1024;
+constexpr int64_t kPanels = 8;   // at the least, to share them among threads whole
 constexpr int64_t kChunk = 256;  // windows whose scaled gradients stay in the innermost cache
 
 template <typename T>
@@ -49,6 +50,7 @@ class WeightGradient {
     slabs_ = std::max<int64_t>(1, kStepBytes / slab_bytes(rows));
     const int64_t whole = (p.out_height + rows - 1) / rows * p.batch;
     slabs_ = std::min(slabs_, std::max<int64_t>(1, whole));
+    one_step_ = slabs_ >= whole && panels_ >= kPanels;
     const int64_t windows = slabs_ * rows * p.out_width;
     source_.resize(slabs_ * slab_rows(rows) * width_ * in_);
     scaled_.resize(windows * panels_ * kernel_.columns);
@@ -62,7 +64,7 @@ class WeightGradient {
 
   void run() {
     for (int64_t group = 0; group < p_.groups; ++group) {
-      sums_.assign(p_.grad_weight ? panels_ * blocks_ * kernel_.rows * kernel_.columns : 0, 0);
+      sums_.assign(p_.grad_weight && !one_step_ ? panels_ * panel_sums() : 0, 0);
       bias_.assign(out_, 0);
       step_.clear();
       for (int64_t n = 0; n < p_.batch; ++n) {
@@ -111,9 +113,21 @@ class WeightGradient {
       scale_gradients(group, std::max<int64_t>(begin - loaded, 0), end - loaded);
     });
     for (size_t i = 0; i < bias_rows_.size(); ++i) bias_[i % out_] += bias_rows_[i];
-    if (p_.grad_weight) {
-      parallel_(panels_ * blocks_,
-                [&](int64_t begin, int64_t end) { multiply(begin, end, firsts_[rows]); });
+    if (p_.grad_weight && one_step_) {
+      parallel_(panels_, [&](int64_t begin, int64_t end) {
+        std::vector<A> sums(panel_sums());
+        for (int64_t panel = begin; panel < end; ++panel) {
+          std::fill(sums.begin(), sums.end(), A{0});
+          multiply(panel, 0, blocks_, firsts_[rows], sums.data());
+          store_rows(group, panel, 0, stored_rows(), sums.data());
+        }
+      });
+    } else if (p_.grad_weight) {
+      parallel_(panels_ * blocks_, [&](int64_t begin, int64_t end) {
+        for_panels(blocks_, begin, end, [&](int64_t panel, int64_t first, int64_t last) {
+          multiply(panel, first, last, firsts_[rows], sums_.data() + panel * panel_sums());
+        });
+      });
     }
     step_.clear();
   }
@@ -185,15 +199,26 @@ class WeightGradient {
     }
   }
 
-  void multiply(int64_t begin, int64_t end, int64_t windows) {
-    const int64_t size = kernel_.rows * kernel_.columns;
+  // Of one panel: a value for each tap and channel, in blocks.
+  int64_t panel_sums() const { return blocks_ * kernel_.rows * kernel_.columns; }
+
+  // Calls body(panel, first, last) on what [begin, end) has of each panel's `count` items.
+  template <typename Body>
+  static void for_panels(int64_t count, int64_t begin, int64_t end, Body&& body) {
+    while (begin < end) {
+      const int64_t panel = begin / count, last = std::min(end, (panel + 1) * count);
+      body(panel, begin - panel * count, last - panel * count);
+      begin = last;
+    }
+  }
+
+  void multiply(int64_t panel, int64_t begin, int64_t end, int64_t windows, A* sums) {
     for (int64_t first = 0; first < windows; first += kChunk) {
       const int64_t count = std::min(kChunk, windows - first);
-      for (int64_t index = begin; index < end; ++index) {
-        const int64_t panel = index / blocks_, block = index % blocks_;
-        kernel_.run({source_.data() + offsets_[block], places_.data() + first, count,
-                     scaled_.data() + (panel * ratio_.size() + first) * kernel_.columns,
-                     sums_.data() + index * size});
+      const A* scaled = scaled_.data() + (panel * ratio_.size() + first) * kernel_.columns;
+      for (int64_t block = begin; block < end; ++block) {
+        kernel_.run({source_.data() + offsets_[block], places_.data() + first, count, scaled,
+                     sums + block * kernel_.rows * kernel_.columns});
       }
     }
   }
@@ -203,50 +228,54 @@ class WeightGradient {
     for (int64_t k = 0; grad_bias && k < out_; ++k) {
       grad_bias[group * out_ + k] = narrow<T>(static_cast<A>(bias_[k]));
     }
-    if (!p_.grad_weight) return;
-    // A row of the gradient's memory is either the taps of a channel or the channels of a tap.
-    const bool channels_first = p_.weight_strides[1] == 1 && in_ > 1;
-    const int64_t taps = p_.kernel[0] * p_.kernel[1];
-    const int64_t rows = channels_first ? taps : in_, length = channels_first ? in_ : taps;
-    parallel_(panels_ * rows, [&](int64_t begin, int64_t end) {
-      std::vector<A> window(length * kernel_.columns);
-      for (int64_t index = begin; index < end; ++index) {
-        const int64_t panel = index / rows, row = index % rows, first = panel * kernel_.columns;
-        const int64_t width = std::min(kernel_.columns, out_ - first);
-        for (int64_t i = 0; i < length; ++i) {
-          const A* sum = channels_first ? sum_of(panel, row, i) : sum_of(panel, i, row);
-          std::copy_n(sum, kernel_.columns, window.data() + i * kernel_.columns);
-        }
-        const auto place = [&](int64_t i) {
-          const int64_t c = channels_first ? i : row, tap = channels_first ? row : i;
-          return c * p_.weight_strides[1] + tap / p_.kernel[1] * p_.weight_strides[2] +
-                 tap % p_.kernel[1] * p_.weight_strides[3];
-        };
-        T* to = static_cast<T*>(p_.grad_weight) + (group * out_ + first) * p_.weight_strides[0];
-        if constexpr (std::is_same_v<T, A>) {
-          if (place(length - 1) - place(0) == length - 1) {
-            transpose(window.data(), kernel_.columns, length, width, to + place(0),
-                      p_.weight_strides[0]);
-            continue;
-          }
-        }
-        for (int64_t i = 0; i < length; ++i) {
-          for (int64_t k = 0; k < width; ++k) {
-            to[k * p_.weight_strides[0] + place(i)] = narrow<T>(window[i * kernel_.columns + k]);
-          }
-        }
-      }
+    if (!p_.grad_weight || (one_step_ && p_.batch > 0)) return;
+    parallel_(panels_ * stored_rows(), [&](int64_t begin, int64_t end) {
+      for_panels(stored_rows(), begin, end, [&](int64_t panel, int64_t first, int64_t last) {
+        store_rows(group, panel, first, last, sums_.data() + panel * panel_sums());
+      });
     });
   }
 
-  // The sums of one tap and channel, a value for each column of a panel.
-  const A* sum_of(int64_t panel, int64_t tap, int64_t c) const {
+  // A row of the gradient's memory is either the taps of a channel or the channels of a tap.
+  bool channels_first() const { return p_.weight_strides[1] == 1 && in_ > 1; }
+  int64_t stored_rows() const { return channels_first() ? p_.kernel[0] * p_.kernel[1] : in_; }
+
+  void store_rows(int64_t group, int64_t panel, int64_t begin, int64_t end, const A* sums) const {
+    const int64_t first = panel * kernel_.columns, width = std::min(kernel_.columns, out_ - first);
+    const int64_t length = channels_first() ? in_ : p_.kernel[0] * p_.kernel[1];
+    T* to = static_cast<T*>(p_.grad_weight) + (group * out_ + first) * p_.weight_strides[0];
+    std::vector<A> window(length * kernel_.columns);
+    for (int64_t row = begin; row < end; ++row) {
+      for (int64_t i = 0; i < length; ++i) {
+        const A* sum = sums + (channels_first() ? place_of(row, i) : place_of(i, row));
+        std::copy_n(sum, kernel_.columns, window.data() + i * kernel_.columns);
+      }
+      const auto place = [&](int64_t i) {
+        const int64_t c = channels_first() ? i : row, tap = channels_first() ? row : i;
+        return c * p_.weight_strides[1] + tap / p_.kernel[1] * p_.weight_strides[2] +
+               tap % p_.kernel[1] * p_.weight_strides[3];
+      };
+      if constexpr (std::is_same_v<T, A>) {
+        if (place(length - 1) - place(0) == length - 1) {
+          transpose(window.data(), kernel_.columns, length, width, to + place(0),
+                    p_.weight_strides[0]);
+          continue;
+        }
+      }
+      for (int64_t i = 0; i < length; ++i) {
+        for (int64_t k = 0; k < width; ++k) {
+          to[k * p_.weight_strides[0] + place(i)] = narrow<T>(window[i * kernel_.columns + k]);
+        }
+      }
+    }
+  }
+
+  // Where a panel's sums have those of one tap and channel, a value for each column.
+  int64_t place_of(int64_t tap, int64_t c) const {
     const int64_t run = whole_rows_ ? tap / p_.kernel[1] : tap;
     const int64_t term = (whole_rows_ ? tap % p_.kernel[1] : 0) * in_ + c;
-    const int64_t part = term / kernel_.rows;
-    const int64_t block = run * parts_ + part;
-    return sums_.data() + ((panel * blocks_ + block) * kernel_.rows + term - block_at(block).term) *
-                              kernel_.columns;
+    const int64_t block = run * parts_ + term / kernel_.rows;
+    return (block * kernel_.rows + term - block_at(block).term) * kernel_.columns;
   }
 
   const PartialConvBackwardParams& p_;
@@ -259,6 +288,7 @@ class WeightGradient {
   int64_t width_;  // pixels of a row of the input with what padding the windows see
   FeatureMap<T> input_, grad_, result_;
   int64_t slab_height_, slabs_;
+  bool one_step_;  // for all windows, so that a panel's sums are held only until they are stored
   std::vector<Slab> step_;
   std::vector<A> source_, scaled_, ratio_, sums_, bias_rows_;
   std::vector<double> bias_;

@@ -99,13 +99,13 @@ bool prefers_fused(const PartialConvParams& params);
 
 // The two products that slide a window over a map: the output, and the gradient of the input. They
 // read weights in the order of their inner loop: pack those first, over `panels`, then compute,
-// over `tiles`.
+// over `units`.
 enum class Sweep : int { kForward, kGradInput };
 
 struct SweepSizes {
   int64_t packed_bytes = 0;
   int64_t panels = 0;
-  int64_t tiles = 0;
+  int64_t units = 0;
 };
 
 SweepSizes sweep_sizes(const PartialConvBackwardParams& params, Sweep sweep);

@@ -123,7 +123,7 @@ std::tuple<at::Tensor, at::Tensor> forward_fused(PartialConvCall& call) {
   }
   const SweepSizes sizes = sweep_sizes(p, Sweep::kForward);
   const at::Tensor packed = pack_weights(call, sizes, pack_forward_cpu);
-  at::parallel_for(0, sizes.tiles, 1,
+  at::parallel_for(0, sizes.units, 1,
                    [&](int64_t begin, int64_t end) { fused_forward_cpu(p, begin, end); });
   return {output, valid};
 }
@@ -174,7 +174,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_fused(PartialConvCall& c
     p.grad_input = grads[0].mutable_data_ptr();
     const SweepSizes sizes = sweep_sizes(p, Sweep::kGradInput);
     const at::Tensor packed = pack_weights(call, sizes, pack_grad_input_cpu);
-    at::parallel_for(0, sizes.tiles, 1,
+    at::parallel_for(0, sizes.units, 1,
                      [&](int64_t begin, int64_t end) { fused_grad_input_cpu(p, begin, end); });
   }
   if (wanted[1] || wanted[2]) {

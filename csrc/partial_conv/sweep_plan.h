@@ -35,15 +35,18 @@ struct SweepPlan {
   using Factor = C;
   using Sum = A;
   using Result = O;
-  static constexpr int64_t kTileBytes = 256 * 1024;  // of source tiles in flight: of a small L2
-  static constexpr int64_t kTileCells = 1024;        // whose sums are held beside them
+  static constexpr int64_t kTileBytes = 1024 * 1024;  // of source tiles in flight: of an L2
+  static constexpr int64_t kTileCells = 1024;         // whose sums are held beside them
+  static constexpr int64_t kUnits = 64;               // of work, for an even share of each thread
 
   MicroKernel<C, A, O> kernel;
   bool backward;
+  int64_t batch;
   int64_t source_channels, target_channels;  // of one group
   int64_t pitch;                             // source channels, padded to the kernel's depth
   int64_t panels;                            // of one group
-  int64_t panel_size = 0;                    // elements of one panel of all phases
+  int64_t parts = 1;       // that they are in, for threads that have no tiles of their own
+  int64_t panel_size = 0;  // elements of one panel of all phases
   int64_t step[2], advance[2];
   int64_t first[2] = {0, 0}, reach[2] = {1, 1};  // of all taps: smallest offset, and extent
   int64_t target[2], source[2];                  // height, width
@@ -80,6 +83,8 @@ struct SweepPlan {
       reach[axis] = high - low + 1;
     }
     choose_tiles();
+    batch = p.batch;
+    parts = std::clamp<int64_t>(kUnits / (p.groups * all_tiles()), 1, panels);
     for (int64_t y = 0; y < step[0]; ++y) {
       for (int64_t x = 0; x < step[1]; ++x) phases.push_back(phase(p, y, x));
     }
@@ -89,6 +94,7 @@ struct SweepPlan {
     }
   }
 
+  int64_t all_tiles() const { return batch * tiles[0] * tiles[1]; }  // of one group
   int64_t tile_size() const { return tile_pixels[0] * tile_pixels[1] * pitch; }
 
  private:
