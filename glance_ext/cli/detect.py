@@ -80,6 +80,7 @@ def load_detector(
 ) -> Detector:
     """Reads the model and says what the user should know of its threshold."""
     from glance_ext.engine.detector import Detector
+    from glance_ext.engine.settings import learnt
 
     detector = Detector.load(
         model,
@@ -93,6 +94,12 @@ def load_detector(
         say_error(
             f"note: the threshold was calibrated with --grid {detector.calibration.grid}, not "
             f"{detector.grid.name}"
+        )
+    positions = detector.settings.get("positions", "uniform")
+    if not learnt(detector.grid.name, positions):
+        say_error(
+            f"note: the model was trained on patches at --positions {positions}, of which --grid "
+            f"{detector.grid.name} has others; its maps may be worse"
         )
     if threshold is None and detector.tile != detector.calibration.tile:
         names = {True: "--tile", False: "--no-tile"}

@@ -149,9 +149,22 @@ PRESETS: dict[str, TrainSettings] = {
 def preset(name: str, **changes: Any) -> TrainSettings:
     """A preset with every change that is not None.
 
+    Where the grid has patches that training would never see, and no positions are named, training
+    sees patches anywhere: Global-Net answers badly for holes at alignments that it never met.
+
     Raises:
         GlanceError: The name is unknown or a value means nothing.
     """
     if name not in PRESETS:
         raise GlanceError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
-    return replace(PRESETS[name], **{k: v for k, v in changes.items() if v is not None})
+    settings = replace(PRESETS[name], **{k: v for k, v in changes.items() if v is not None})
+    if changes.get("positions") is None and not learnt(settings.grid, settings.positions):
+        return replace(settings, positions="uniform")
+    return settings
+
+
+def learnt(grid: str, positions: str) -> bool:
+    """Whether training on patches at ``positions`` sees every patch of a grid."""
+    if positions == "uniform":
+        return True
+    return set(patch_grid(grid).starts) <= set(patch_grid(positions).starts)

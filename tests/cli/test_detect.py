@@ -99,6 +99,18 @@ def test_threshold_and_grid_can_be_named(run: Run, model: Path, good: Path, tmp_
     assert "calibrated with" not in result.stderr
 
 
+def test_a_grid_with_patches_that_training_never_saw_is_noted(
+    run: Run, good: Path, short: list[object], tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    trained = run("train", "--normal", good, "-o", model, *short, "--grid", 16, "--positions", 16)
+    assert trained.exit_code == 0, trained.output
+    call = ("detect", model, good / "0.png", "-o", tmp_path / "out", "--grid")
+    expected = "note: the model was trained on patches at --positions 16, of which --grid 30 has"
+    assert expected in run(*call, 30).stderr
+    assert "--positions" not in run(*call, 32).stderr
+
+
 def test_the_heatmaps_of_an_earlier_call_are_no_images(
     run: Run, model: Path, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

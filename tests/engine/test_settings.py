@@ -1,7 +1,7 @@
 import pytest
 
 from glance_ext.engine.distill import DistillSettings
-from glance_ext.engine.settings import PRESETS, TrainSettings, preset
+from glance_ext.engine.settings import PRESETS, TrainSettings, learnt, preset
 from glance_ext.errors import GlanceError
 
 
@@ -15,6 +15,17 @@ def test_the_papers_preset_has_the_papers_numbers() -> None:
     assert paper.grid == "paper"
     assert (paper.holes_per_image, paper.positions) == (1, "uniform")
     assert not paper.standardise
+
+
+def test_training_sees_every_patch_of_the_grid_unless_positions_are_named() -> None:
+    assert preset("default").positions == "4"
+    assert preset("default", grid="8").positions == "4"
+    assert preset("default", grid="paper").positions == "uniform"
+    assert preset("default", grid="2").positions == "uniform"
+    assert preset("default", grid="paper", positions="4").positions == "4"
+    assert learnt("paper", "uniform")
+    assert learnt("16", "4")
+    assert not learnt("5", "4")
 
 
 def test_changes_that_are_none_change_nothing() -> None:
