@@ -292,7 +292,14 @@ def test_source_distribution_needs_no_torch_and_holds_all_sources(tmp_path: Path
         for pattern in ("weights/*.safetensors", "data/*.csv", "py.typed", "**/*.py")
         for path in (checkout / "glance_ext").glob(pattern)
     }
-    wanted |= {"CMakeLists.txt", "Makefile", "constraints.txt", "LICENSE", "tests/cpp/check.h"}
+    wanted |= {
+        "CMakeLists.txt",
+        "cmake/find_libtorch.cmake",
+        "Makefile",
+        "constraints.txt",
+        "LICENSE",
+        "tests/cpp/check.h",
+    }
     assert wanted - held == set()
     assert not [name for name in held if name.endswith((".so", "build_info.json"))]
 
@@ -373,6 +380,53 @@ def test_ops_build_and_run_in_a_program_without_python(tmp_path: Path) -> None:
     result = cmake_build(tmp_path, "op_library_test", "-DGLANCE_EXT_TORCH=ON", prefix, quickly)
     assert result.returncode == 0, result.stdout
     assert "100% tests passed, 0 tests failed out of 1" in result.stdout
+
+
+@pytest.mark.slow
+def test_installed_package_serves_programs_of_other_projects(tmp_path: Path) -> None:
+    cmake = tool("cmake")
+    if cmake is None:
+        pytest.skip("cmake is not installed")
+    prefix, torch_prefix = tmp_path / "prefix", torch.utils.cmake_prefix_path
+    ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
+    quickly = "-DCMAKE_CXX_FLAGS_RELEASE=-O0"
+
+    def run(*command: str) -> subprocess.CompletedProcess:
+        return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+    def configure(source: Path, folder: str, *options: str) -> subprocess.CompletedProcess:
+        common = [*ninja, "-DCMAKE_BUILD_TYPE=Release", quickly]
+        return run(cmake, *common, "-S", str(source), "-B", str(tmp_path / folder), *options)
+
+    def succeeded(result: subprocess.CompletedProcess) -> str:
+        said = result.stdout + result.stderr
+        assert result.returncode == 0, said
+        assert "warning:" not in said.lower(), said
+        return result.stdout
+
+    build = str(tmp_path / "library")
+    options = ["-DGLANCE_EXT_CUDA=OFF", "-DGLANCE_EXT_TORCH=ON", "-DGLANCE_EXT_TESTS=OFF"]
+    succeeded(configure(ROOT, "library", *options, f"-DCMAKE_PREFIX_PATH={torch_prefix}"))
+    succeeded(run(cmake, "--build", build, "--parallel", "2"))
+    succeeded(run(cmake, "--install", build, "--prefix", str(prefix)))
+    shutil.rmtree(build)  # nothing of it may be needed any more
+    for file in prefix.rglob("*.cmake"):
+        assert str(ROOT) not in file.read_text()
+        assert torch_prefix not in file.read_text()
+
+    program = ROOT / "tests" / "cpp" / "installed"
+    paths = f"-DCMAKE_PREFIX_PATH={prefix};{torch_prefix}"
+    succeeded(configure(program, "program", paths))
+    succeeded(run(cmake, "--build", str(tmp_path / "program"), "--parallel", "2"))
+    assert succeeded(run(str(tmp_path / "program" / "ops_program"))) == "right\n"
+    assert succeeded(run(str(tmp_path / "program" / "kernels_program"))) == "1.33333\n"
+
+    alone = configure(program, "alone", f"-DCMAKE_PREFIX_PATH={prefix}")
+    assert alone.returncode != 0
+    version = torch.__version__.partition("+")[0]
+    message = " ".join(alone.stderr.split())
+    assert f"glance_ext::ops was built with libtorch {version}" in message
+    assert "missing: 'torch/library.h;torch;torch_cpu;c10'" in message
 
 
 def test_openmp_is_used_where_torch_uses_it(
