@@ -14,13 +14,14 @@ int main() {
     return c10::Dispatcher::singleton().findSchemaOrThrow(name, "");
   };
   const at::Tensor input = at::randn({2, 3, 9, 9}), weight = at::randn({4, 3, 3, 3});
-  const auto conv = find("glance_ext::partial_conv2d")
-                        .typed<Pair(const at::Tensor&, const at::Tensor&, const at::Tensor&,
-                                    const std::optional<at::Tensor>&, c10::SymIntArrayRef,
-                                    c10::SymIntArrayRef, c10::SymIntArrayRef, c10::SymInt)>();
+  const auto conv =
+      find("glance_ext::partial_conv2d")
+          .typed<Pair(const at::Tensor&, const at::Tensor&, const at::Tensor&,
+                      const std::optional<at::Tensor>&, c10::SymIntArrayRef, c10::SymIntArrayRef,
+                      c10::SymIntArrayRef, c10::SymInt, double)>();
   const std::vector<c10::SymInt> one{1, 1}, zero{0, 0};
   const auto [output, mask] =
-      conv.call(input, at::ones({9, 9}), weight, std::nullopt, one, zero, one, 1);
+      conv.call(input, at::ones({9, 9}), weight, std::nullopt, one, zero, one, 1, 1.0);
   EXPECT(at::allclose(output, at::conv2d(input, weight), 1e-4, 1e-5));
   EXPECT(mask.sizes() == at::IntArrayRef({1, 1, 7, 7}) && mask.all().item<bool>());
 

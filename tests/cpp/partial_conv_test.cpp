@@ -178,6 +178,7 @@ void check_shape(const Shape& shape, bool channels_last, bool with_bias, uint64_
   p.ratio = ratio.data();
   p.bias = with_bias ? bias.data() : nullptr;
   p.output = output.data();
+  p.plain = p.output;
   p.grad_output = grad.data();
   p.grad_conv = grad_conv.data();
 
@@ -217,6 +218,7 @@ void check_shape(const Shape& shape, bool channels_last, bool with_bias, uint64_
   std::vector<A> whole_ratio(ratio.size(), A(-777));
   p.masked_input = whole_masked.data();
   p.output = whole.data();
+  p.plain = p.output;
   p.grad_conv = whole_grad.data();
   p.ratio = whole_ratio.data();
   glance::mask_input_cpu(p, 0, glance::input_rows(p));
@@ -272,6 +274,7 @@ void half_stays_finite_where_one_pixel_is_valid() {
   p.mask = mask.data();
   p.ratio = &ratio;
   p.output = &output;
+  p.plain = p.output;
   glance::window_ratio_cpu(p, 0, 1);
   glance::rescale_cpu(p, 0, 1);
   EXPECT(ratio == 25.0f);
