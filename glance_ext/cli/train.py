@@ -61,6 +61,12 @@ def training_options(command: Any) -> Any:
             "--teacher-weights", type=PATH, help="The teacher's weights, for fine-tuning."
         ),
         click.option(
+            "--stains",
+            type=click.Choice(["small", "wide"]),
+            help="What the distortion head learns to tell from good patches: small stains, as in "
+            "the paper, or stains of any size, fainter ones too.",
+        ),
+        click.option(
             "--lambda-s",
             type=click.FloatRange(0, 1),
             help="Share of the inconsistency score in the mix of both heads.",
@@ -68,7 +74,7 @@ def training_options(command: Any) -> Any:
         click.option(
             "--whiten/--no-whiten",
             default=None,
-            help="Whiten the difference of both features over held-out good patches before it "
+            help="Whiten the difference of both features over good patches before it "
             "becomes the inconsistency score; the paper's is plain.",
         ),
         click.option(

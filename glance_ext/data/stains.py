@@ -28,6 +28,10 @@ class StainSettings:
     contrast: tuple[float, float] = (0.1, 0.6)
 
 
+STAINS = {"small": StainSettings(), "wide": StainSettings(largest=14.0, contrast=(0.05, 0.6))}
+"""``wide`` ranges from small stains to such as fill a patch of 33 pixels, and to fainter ones."""
+
+
 def stain(
     patches: Tensor, generator: torch.Generator, settings: StainSettings | None = None
 ) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glance_ext.data.grid import PatchGrid, patch_grid
 from glance_ext.data.patches import Enlarged, crop_from, sample_positions
-from glance_ext.data.stains import stain
+from glance_ext.data.stains import STAINS, stain
 from glance_ext.engine.distributed import World
 from glance_ext.engine.loop import Stage
 from glance_ext.engine.settings import TrainSettings
@@ -188,8 +188,8 @@ def joint_stage(
     Args:
         model: Trained in place.
         images: ``(N, 3, 256, 256)`` normal images, RGB in [0, 1].
-        settings: Steps, batch size, holes an image, positions, precision, learning rates and
-            lambda_t.
+        settings: Steps, batch size, holes an image, positions, precision, learning rates, stains
+            and lambda_t.
         device: Where to train.
         world: The processes that train together: each has a share of a step's images.
 
@@ -224,6 +224,7 @@ def joint_stage(
     local_features = _LocalFeatures(model, images, grid, draws, dtype, device)
 
     side = model.view_size
+    stains = STAINS[settings.stains]
 
     def step(generator: torch.Generator) -> dict[str, Tensor]:
         draw = draw_patches(
@@ -233,7 +234,7 @@ def joint_stage(
         rows = torch.arange(len(drawn)).repeat_interleave(draw.origins.shape[1])[: draw.count]
         view = drawn if side == IMAGE_SIZE[0] else model.local_view(drawn.to(_wide(dtype)))
         patches = crop_from(view, rows, draw.flat_origins, PATCH_SIZE).to(_wide(dtype))
-        stained = stain(patches, generator)
+        stained = stain(patches, generator, stains)
         draw, mine = draw.share(world.rank, world.size)
         patches, stained = patches[mine], stained[mine]
         clean_features, stained_features = local_features(draw, patches, stained)

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from glance_ext.data.grid import patch_grid
+from glance_ext.data.stains import STAINS
 from glance_ext.errors import GlanceError
 
 PRECISIONS = ("float32", "bfloat16")
@@ -33,12 +34,15 @@ class TrainSettings:
             densely, once an image, if that is less work than one pass a patch.
         global_learning_rate: Of Global-Net.
         head_learning_rate: Of the distortion head.
+        stains: What the distortion head learns to tell from untouched patches: ``"small"`` random
+            stains, as the paper has them, or ``"wide"``, of any size and fainter too; see
+            :data:`~glance_ext.data.stains.STAINS`.
         lambda_t: Weight of the distortion loss beside the inconsistency loss.
         lambda_s: Share of the inconsistency score in a patch's score.
         standardise: Whether each head's score is brought to mean 0 and variance 1 over held-out
             normal patches before mixing; the paper mixes raw scores.
-        whiten: Whether ``s_IAD`` is of the difference whitened over held-out normal patches; the
-            paper's is of the difference as it is.
+        whiten: Whether ``s_IAD`` is of the difference whitened over normal patches; the paper's is
+            of the difference as it is.
         image_score: What of its map an image's score is: ``"max"``, ``"contrast"`` for the
             greatest value above the map's median, or ``"mean"``.
         aggregation: How patches become a map; see ``aggregate_patch_scores``.
@@ -64,12 +68,13 @@ class TrainSettings:
     positions: str = "4"
     global_learning_rate: float = 1e-3
     head_learning_rate: float = 1e-3
+    stains: str = "wide"
     lambda_t: float = 0.01
-    lambda_s: float = 0.5
+    lambda_s: float = 0.25
     standardise: bool = True
     whiten: bool = True
     image_score: str = "max"
-    aggregation: str = "mean"
+    aggregation: str = "gaussian"
     grid: str = "4"
     patch_scale: int = 1
     tile: bool = False
@@ -103,6 +108,8 @@ class TrainSettings:
             raise GlanceError(
                 f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}"
             )
+        if self.stains not in STAINS:
+            raise GlanceError(f"stains: expected one of {', '.join(STAINS)}, got {self.stains!r}")
         if self.aggregation not in AGGREGATIONS:
             raise GlanceError(
                 f"aggregation: expected one of {', '.join(AGGREGATIONS)}, got {self.aggregation!r}"
@@ -137,10 +144,12 @@ PRESETS: dict[str, TrainSettings] = {
         positions="uniform",
         global_learning_rate=1e-4,
         head_learning_rate=1e-5,
+        stains="small",
         lambda_s=0.8,
         standardise=False,
         whiten=False,
         image_score="max",
+        aggregation="mean",
         grid="paper",
     ),
 }

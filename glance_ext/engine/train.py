@@ -33,6 +33,7 @@ from glance_ext.files import ensure_folder
 from glance_ext.models.glance import IMAGE_SIZE, Glance
 
 STATE_FILE = "training.safetensors"
+_WHITENING_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -192,9 +193,9 @@ def train_loaded(
     trainer.run(joint_stage(model, images, settings, device, world))
     trainer.restore_modules({"model": model})
 
-    def normal_again(what: str) -> Iterator[Tensor]:
+    def with_progress(some: Sequence[Tensor | Path], what: str) -> Iterator[Tensor]:
         bar = tqdm(
-            held_out or [images[0]],
+            some,
             desc=what,
             unit="image",
             disable=not (show_progress and world.is_first),
@@ -203,10 +204,13 @@ def train_loaded(
         return read(bar)
 
     if settings.whiten:
-        fit_residual_scale(model, normal_again("whiten"), grid=settings.grid, device=device)
+        # Not on the held-out images: scores of what the scale was fitted to are lower than those
+        # of images to come, and a threshold from them would flag more than it promises.
+        some = [images[i] for i in _spread(len(images), _WHITENING_IMAGES)]
+        fit_residual_scale(model, with_progress(some, "whiten"), grid=settings.grid, device=device)
     calibration = calibrate(
         model,
-        normal_again("calibrate"),
+        with_progress(held_out or [images[0]], "calibrate"),
         lambda_s=settings.lambda_s,
         standardise=settings.standardise,
         aggregation=settings.aggregation,
@@ -226,6 +230,12 @@ def train_loaded(
         detector.save(model_file)
         state_file.unlink(missing_ok=True)
     return TrainResult(detector, model_file, trainer.history, normal.count, len(held_out), ())
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most so many indices below ``count``, evenly spread."""
+    step = max(1.0, count / most)
+    return [int(i * step) for i in range(min(count, most))]
 
 
 def _check_output(output: Path, resume: bool) -> None:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from glance_ext.data.stains import StainSettings, stain
+from glance_ext.data.stains import STAINS, StainSettings, stain
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -92,3 +92,18 @@ def test_settings_set_size_and_contrast() -> None:
 def test_half_precision_patches_keep_their_type() -> None:
     patches = torch.rand(4, 3, 33, 33).half()
     assert stain(patches, generator()).dtype == torch.float16
+
+
+def test_wide_stains_reach_from_small_ones_to_whole_patches_and_are_fainter() -> None:
+    patches = torch.full((600, 3, 33, 33), 0.5)
+    shares, peaks = {}, {}
+    for name, settings in STAINS.items():
+        change = (stain(patches, generator(), settings) - 0.5).abs().amax(1)
+        peaks[name] = change.amax((1, 2))
+        shares[name] = (change > peaks[name][:, None, None] / 2).float().mean((1, 2))
+    assert shares["small"].max() < 0.15
+    assert shares["wide"].max() > 0.35
+    assert shares["wide"].min() < 0.01
+    assert peaks["small"].min() > 0.08
+    assert 0.02 < peaks["wide"].min() < 0.08
+    assert peaks["wide"].max() > 0.55

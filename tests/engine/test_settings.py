@@ -15,6 +15,7 @@ def test_the_papers_preset_has_the_papers_numbers() -> None:
     assert paper.grid == "paper"
     assert (paper.holes_per_image, paper.positions) == (1, "uniform")
     assert not paper.standardise
+    assert (paper.stains, paper.aggregation) == ("small", "mean")
 
 
 def test_training_sees_every_patch_of_the_grid_unless_positions_are_named() -> None:
@@ -51,6 +52,7 @@ def test_changes_that_are_none_change_nothing() -> None:
             "positions: expected 'uniform' or a grid; grid: expected 'paper'",
         ),
         ({"aggregation": "median"}, "aggregation: expected one of mean, gaussian, max, idw"),
+        ({"stains": "huge"}, "stains: expected one of small, wide, got 'huge'"),
         ({"grid": "99"}, "grid: expected 'paper' or a stride"),
     ],
 )
