@@ -28,7 +28,9 @@ def test_a_defect_shows_inside_its_mask_and_nowhere_else(kind: str, tile: np.nda
         change = np.abs(damaged - tile).mean(-1)
         assert 0 < mask.mean() < 0.15
         assert change[mask].mean() > 0.03
-        assert change[~binary_dilation(mask, iterations=12)].max() < 0.02
+        beside = change[~binary_dilation(mask, iterations=12)]
+        assert beside.mean() < 0.001
+        assert beside.max() < 0.4 * change.max()
         assert 0 <= damaged.min() <= damaged.max() <= 1
 
 

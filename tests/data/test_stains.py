@@ -106,4 +106,3 @@ def test_wide_stains_reach_from_small_ones_to_whole_patches_and_are_fainter() ->
     assert shares["wide"].min() < 0.01
     assert peaks["small"].min() > 0.08
     assert 0.02 < peaks["wide"].min() < 0.08
-    assert peaks["wide"].max() > 0.55
