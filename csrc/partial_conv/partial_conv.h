@@ -93,8 +93,9 @@ void rescale_backward_cpu(const PartialConvBackwardParams& params, int64_t begin
 // The valid pixels of the next mask alone, for a batch of no images; rows as of window_ratio_cpu.
 void window_valid_cpu(const PartialConvParams& params, int64_t begin, int64_t end);
 
-// The fused path. Whether it is there for these arguments on this processor, and the faster one
-// (docs/ops.md has the measurements that the rule comes from).
+// The fused path: whether it is there for these arguments, and whether it is the faster one on this
+// processor (docs/ops.md has the measurements that the rule comes from).
+bool has_fused(const PartialConvParams& params);
 bool prefers_fused(const PartialConvParams& params);
 
 // The two products that slide a window over a map: the output, and the gradient of the input. They

@@ -130,10 +130,6 @@ at::Tensor next_mask(const PartialConvParams& p, at::Tensor valid, at::ScalarTyp
   return valid.to(dtype);
 }
 
-bool takes_fused(const PartialConvCall& call) {
-  return call.input.is_cpu() && prefers_fused(call.params);
-}
-
 std::tuple<at::Tensor, at::Tensor> partial_conv2d(const at::Tensor& input, const at::Tensor& mask,
                                                   const at::Tensor& weight,
                                                   const std::optional<at::Tensor>& bias,

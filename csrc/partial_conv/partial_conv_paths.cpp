@@ -9,12 +9,15 @@
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "common/tensor_check.h"
 
 namespace glance {
 namespace {
+
+std::atomic<PartialConvPath> path_asked_for{PartialConvPath::kRule};
 
 // Masked copies and convolutions before their rescaling are held for a few images at a time on a
 // CPU: about a cache of them, instead of a whole batch.
@@ -107,6 +110,22 @@ at::Tensor pack_weights(PartialConvCall& call, const SweepSizes& sizes,
 }
 
 }  // namespace
+
+PartialConvPath exchange_partial_conv_path(PartialConvPath path) {
+  return path_asked_for.exchange(path);
+}
+
+bool takes_fused(const PartialConvCall& call) {
+  if (!call.input.is_cpu()) return false;
+  switch (path_asked_for) {
+    case PartialConvPath::kFused:
+      return has_fused(call.params);
+    case PartialConvPath::kLibrary:
+      return false;
+    default:
+      return prefers_fused(call.params);
+  }
+}
 
 std::tuple<at::Tensor, at::Tensor> forward_fused(PartialConvCall& call) {
   PartialConvBackwardParams& p = call.params;

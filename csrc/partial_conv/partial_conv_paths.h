@@ -21,6 +21,14 @@ struct PartialConvCall {
   at::Tensor result;  // in the backward pass behind an activation, else not defined
 };
 
+// Which path calls take: the one that is faster by the rule, or everywhere the one that a test or a
+// benchmark asks for (the library's where there is no fused one).
+enum class PartialConvPath : int { kRule, kFused, kLibrary };
+
+// Sets it for all threads and returns what it was.
+PartialConvPath exchange_partial_conv_path(PartialConvPath path);
+bool takes_fused(const PartialConvCall& call);
+
 // The output, and the valid windows as bool (1 or N, 1 or groups, Ho, Wo).
 std::tuple<at::Tensor, at::Tensor> forward_fused(PartialConvCall& call);
 std::tuple<at::Tensor, at::Tensor> forward_library(PartialConvCall& call);
