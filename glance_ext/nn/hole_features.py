@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -387,7 +388,8 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
         result = module(x)  # what is in the padding is missing
         return result[0] if module.return_mask else result
     if isinstance(module, nn.Conv2d):
-        return module._conv_forward(x, *_parameters(module, x.dtype))
+        weight, bias = _parameters(module, x.dtype)
+        return module._conv_forward(x, weight, bias)
     assert isinstance(module, (nn.MaxPool2d, MaskedMaxPool2d))
     kernel, stride, padding, dilation = (
         _pair(value)
@@ -396,7 +398,7 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
     return F.max_pool2d(x, kernel, stride, padding, dilation, module.ceil_mode)
 
 
-def _parameters(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def _parameters(module: nn.Module, dtype: torch.dtype) -> tuple[Any, Tensor | None]:
     """A convolution's weight and bias; a pooling has neither."""
     if not isinstance(module, nn.Conv2d):
         return None, None
