@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glance_ext import _library
 from glance_ext.bench.cases import Case, Outputs, Variant
 from glance_ext.bench.limits import Work
 from glance_ext.ops import partial_conv2d, reference
+from glance_ext.testing import partial_conv_path
 
 # Rows of windows at a time through the float64 reference, which writes out every window.
 _WINDOW_BYTES = 256 * 2**20
@@ -87,6 +89,11 @@ def can_compile() -> bool:
     except Exception:  # whatever a compiler, or the lack of one, says
         return False
     return True
+
+
+def times_both_paths(device: torch.device) -> bool:
+    """Whether the op's two paths are variants of their own, to measure the rule between them."""
+    return device.type == "cuda" and _library.is_loaded()
 
 
 def nvidia_layer(
@@ -168,6 +175,12 @@ class _Inputs:
             )
             for name, layer in layers.items()
         }
+        if self.shape.where and times_both_paths(self.input.device):
+            for path in ("fused", "library"):
+                variants[f"ours-{path}"] = Variant(
+                    partial(self._run_on_path, path, backward),
+                    partial(self._expected, False, backward),
+                )
         return Case(
             f"{self.shape.where or 'partial_conv2d'}/{direction}/{self.shape.name}",
             {
@@ -201,6 +214,10 @@ class _Inputs:
         return {"output": output} | {
             f"grad_{name}": grad for (name, _), grad in zip(leaves, grads, strict=True)
         }
+
+    def _run_on_path(self, path: str, backward: bool) -> Outputs:
+        with partial_conv_path(path):
+            return self._run(self._ours, backward)
 
     def _reference(self) -> tuple[Tensor, Tensor]:
         stride, padding = [self.shape.stride] * 2, [self.shape.padding] * 2

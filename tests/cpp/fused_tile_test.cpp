@@ -336,6 +336,18 @@ void every_pixel_is_one_row() {
   glance_test::context.clear();
 }
 
+// A tile is a patch of an image where that costs few tiles more than rows in order.
+void patches_are_taken_where_they_fit() {
+  using Tile = glance::ConvTile<Half, glance::Math::kTensor, 64, 16>;
+  const auto height_of_patch = [](int64_t batch, int64_t side) {
+    const Case<Half> call({batch, 8, side, side, 8, 3, 3, 1, 1}, 1, false);
+    return glance::slide_work<Tile>(call.p, Sweep::kForward).patch[0];
+  };
+  EXPECT(height_of_patch(1, 64) == 8);
+  EXPECT(height_of_patch(4, 28) == 4);  // of 32 columns, 28 are there
+  EXPECT(height_of_patch(8, 14) == 0);
+}
+
 // Where nothing may be read, reading fails the emulated copy's check of its range.
 void holes_are_not_read() {
   glance_test::context = "a hole";
@@ -381,7 +393,7 @@ void steps_of_other_phases_are_skipped() {
     emulated.phase([&](Warp& warp) { glance::find_places<Tile>(warp, w, memory); });
     emulated.any([&](Warp& warp) { return glance::count_places<Tile>(warp, w, tile, memory); });
     emulated.phase([&](Warp& warp) { glance::find_steps<Tile>(warp, w, memory); });
-    used += std::count(memory.used_steps(), memory.used_steps() + w.steps, 1);
+    for (int step = -1; (step = glance::next_step(w, memory, step + 1)) < w.steps;) ++used;
   }
   // Phases of 1, 2, 2 and 4 taps, of as many tiles each.
   EXPECT(used * 4 == w.blocks * 9);
@@ -432,6 +444,7 @@ int main() {
   check_shapes<Half>();
   check_shapes<BFloat16>();
   every_pixel_is_one_row();
+  patches_are_taken_where_they_fit();
   holes_are_not_read();
   steps_of_other_phases_are_skipped();
   activation_keeps_nan_and_makes_zero_of_minus_infinity();
