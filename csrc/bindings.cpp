@@ -1,6 +1,6 @@
 // The Python module glance_ext._C. Importing it registers the ops; all it offers itself is what it
-// was built with, for `glance-ext doctor` and for the message when it no longer fits, and the choice
-// of a path for tests and benchmarks.
+// was built with, for `glance-ext doctor` and for the message when it no longer fits, and the
+// choice of a path for tests and benchmarks.
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 
