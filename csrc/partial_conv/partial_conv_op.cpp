@@ -1,4 +1,5 @@
 // Tensors -> PartialConvParams -> kernels, for glance_ext::partial_conv2d and its backward.
+#include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
@@ -110,6 +111,7 @@ PartialConvCall checked_call(const at::Tensor& input, const at::Tensor& mask,
   GLANCE_CHECK_VALUE(negative_slope >= 0, kOp, "negative_slope not to be negative, got ",
                      negative_slope);
   p.negative_slope = negative_slope;
+  p.tf32 = at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);  // as for torch's own
   call.mask = unified_mask(mask, input);
   p.mask_batch = call.mask.size(0);
   p.mask_channels = call.mask.size(1);
@@ -141,7 +143,8 @@ std::tuple<at::Tensor, at::Tensor> partial_conv2d(const at::Tensor& input, const
   const DeviceGuard guard(input);
   PartialConvCall call =
       checked_call(input, mask, weight, bias, stride, padding, dilation, groups, negative_slope);
-  auto [output, valid] = takes_fused(call) ? forward_fused(call) : forward_library(call);
+  auto [output, valid] =
+      takes_fused(call, Sweep::kForward) ? forward_fused(call) : forward_library(call);
   return {output, next_mask(call.params, valid, mask.scalar_type())};
 }
 
@@ -167,8 +170,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> partial_conv2d_backward(
   GLANCE_CHECK_VALUE(output.has_value() || negative_slope == 1, kBackward,
                      "the output for a negative_slope of ", negative_slope, ", got none");
   if (negative_slope != 1) call.result = like_output("output", *output);
-  return takes_fused(call) ? backward_fused(call, grad, output_mask)
-                           : backward_library(call, grad, output_mask);
+  return takes_fused(call, Sweep::kGradInput) ? backward_fused(call, grad, output_mask)
+                                              : backward_library(call, grad, output_mask);
 }
 
 // Autocast: feature tensors in the low precision, as conv2d; the mask keeps its dtype outside.

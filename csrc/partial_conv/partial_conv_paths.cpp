@@ -136,25 +136,73 @@ at::Tensor pack_weights(PartialConvCall& call, const SweepSizes& sizes,
   return packed;
 }
 
+// -1 where the fused path of CUDA does not serve the call.
+int64_t cuda_bytes(const PartialConvBackwardParams& p, Sweep sweep) {
+#ifdef GLANCE_EXT_WITH_CUDA
+  return fused_cuda_bytes(p, sweep);
+#else
+  (void)p, (void)sweep;
+  return -1;
+#endif
+}
+
+void run_fused_cuda(const at::Tensor& on, PartialConvBackwardParams p, Sweep sweep) {
+  const at::Tensor workspace = at::empty({cuda_bytes(p, sweep)}, on.options().dtype(at::kByte));
+  p.packed = workspace.mutable_data_ptr();
+#ifdef GLANCE_EXT_WITH_CUDA
+  void* stream = c10::cuda::getCurrentCUDAStream(on.get_device()).stream();
+  C10_CUDA_CHECK(static_cast<cudaError_t>(fused_conv_cuda(p, sweep, stream)));
+#endif
+}
+
+at::Tensor empty_channels_last(const at::Tensor& like, at::IntArrayRef sizes) {
+  return at::empty(sizes, like.options(), at::MemoryFormat::ChannelsLast);
+}
+
+std::tuple<at::Tensor, at::Tensor> forward_fused_cuda(const PartialConvCall& call) {
+  PartialConvBackwardParams p = call.params;
+  const at::Tensor input = call.input.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor output =
+      empty_channels_last(input, {p.batch, p.out_channels, p.out_height, p.out_width});
+  at::Tensor valid = at::empty({p.mask_batch, 1, p.out_height, p.out_width}, call.mask.options());
+  p.channels_last = true;
+  p.input = input.const_data_ptr();
+  p.output = output.mutable_data_ptr();
+  p.valid = static_cast<uint8_t*>(valid.mutable_data_ptr());
+  run_fused_cuda(input, p, Sweep::kForward);
+  return {output.contiguous(memory_format(call.input)), valid};
+}
+
+// From the gradient of the plain convolution; 0 behind the mask.
+at::Tensor grad_input_fused_cuda(const PartialConvCall& call, const at::Tensor& grad_conv) {
+  PartialConvBackwardParams p = call.params;
+  at::Tensor grad = grad_conv.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor grad_input = empty_channels_last(call.input, call.input.sizes());
+  p.channels_last = true;
+  p.grad_conv = grad.mutable_data_ptr();
+  p.grad_input = grad_input.mutable_data_ptr();
+  run_fused_cuda(grad, p, Sweep::kGradInput);
+  return grad_input.contiguous(memory_format(call.input));
+}
+
 }  // namespace
 
 PartialConvPath exchange_partial_conv_path(PartialConvPath path) {
   return path_asked_for.exchange(path);
 }
 
-bool takes_fused(const PartialConvCall& call) {
-  if (!call.input.is_cpu()) return false;
-  switch (path_asked_for) {
-    case PartialConvPath::kFused:
-      return has_fused(call.params);
-    case PartialConvPath::kLibrary:
-      return false;
-    default:
-      return prefers_fused(call.params);
-  }
+bool takes_fused(const PartialConvCall& call, Sweep sweep) {
+  if (path_asked_for == PartialConvPath::kLibrary) return false;
+  const bool asked = path_asked_for == PartialConvPath::kFused;
+  if (call.input.is_cpu()) return asked ? has_fused(call.params) : prefers_fused(call.params);
+  if (!asked && !prefers_fused_cuda(call.params, sweep)) return false;
+  PartialConvBackwardParams p = call.params;
+  p.channels_last = true;  // the kernel's; contiguous tensors are transposed for it
+  return cuda_bytes(p, sweep) >= 0;
 }
 
 std::tuple<at::Tensor, at::Tensor> forward_fused(PartialConvCall& call) {
+  if (!call.input.is_cpu()) return forward_fused_cuda(call);
   PartialConvBackwardParams& p = call.params;
   at::Tensor output = at::empty({p.batch, p.out_channels, p.out_height, p.out_width},
                                 call.input.options(), memory_format(call.input));
@@ -211,9 +259,69 @@ std::tuple<at::Tensor, at::Tensor> forward_library(PartialConvCall& call) {
   return {output, ratio.ne(0)};
 }
 
+namespace {
+
+// By the library, but for the input's gradient where `fused_input` (on CUDA).
+std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients(PartialConvCall& call,
+                                                         const at::Tensor& grad_output,
+                                                         std::array<bool, 3> wanted,
+                                                         bool fused_input) {
+  const at::Tensor ratio = window_ratio(call);
+  const PartialConvBackwardParams& all = call.params;
+  at::Tensor grad_input = at::empty({0}, call.input.options());
+  at::Tensor grad_weight = at::empty({0}, call.weight.options());
+  at::Tensor grad_bias = at::empty({0}, call.input.options());
+  at::Tensor weight_sum, bias_sum;  // over the parts, in the accumulate type
+  const auto add = [&](at::Tensor& sum, const at::Tensor& part) {
+    const at::Tensor wide = part.to(accumulate_dtype(all.dtype));
+    sum = sum.defined() ? sum.add_(wide) : wide;
+  };
+  if (wanted[0] && !fused_input) {
+    grad_input = at::empty_like(call.input, at::MemoryFormat::Preserve);
+  }
+  for_parts(call, images_at_a_time(call), [&](PartialConvCall part, int64_t first, int64_t count) {
+    PartialConvBackwardParams& p = part.params;
+    const at::Tensor of_ratio = all.mask_batch == 1 ? ratio : ratio.narrow(0, first, count);
+    const at::Tensor grad = behind_activation(part, grad_output.narrow(0, first, count));
+    if (wanted[2]) {
+      at::Tensor valid = of_ratio.ne(0);
+      if (p.ratio_groups() != 1) valid = valid.repeat_interleave(p.out_channels / p.groups, 1);
+      add(bias_sum, at::where(valid, grad, at::zeros({}, grad.options())).sum({0, 2, 3}));
+    }
+    if (!wanted[0] && !wanted[1]) return;
+    at::Tensor grad_conv = at::empty_like(grad, at::MemoryFormat::Preserve);
+    p.ratio = of_ratio.mutable_data_ptr();
+    p.grad_output = grad.const_data_ptr();
+    p.grad_conv = grad_conv.mutable_data_ptr();
+    const int64_t row = p.out_width * (p.channels_last ? p.out_channels : 1);
+    run_kernel(call.input, p, output_rows(p), grain_size(row), rescale_backward_cpu,
+               GLANCE_CUDA(rescale_backward_cuda));
+    if (wanted[0] && fused_input) grad_input = grad_input_fused_cuda(part, grad_conv);
+    const bool of_library = wanted[0] && !fused_input;
+    if (!of_library && !wanted[1]) return;
+    auto [of_input, of_weight, unused] =
+        convolution_backward(part, grad_conv, wanted[1] ? masked_input(part) : part.input,
+                             {of_library, wanted[1], false});
+    if (of_library) {
+      mask_into(p, of_input.contiguous(memory_format(call.input)),
+                grad_input.narrow(0, first, count));
+    }
+    if (wanted[1]) add(weight_sum, of_weight);
+  });
+  if (wanted[1]) {
+    grad_weight = weight_sum.to(call.weight.scalar_type()).contiguous(memory_format(call.weight));
+    clear_unseen_taps(call.params, grad_weight);
+  }
+  if (wanted[2]) grad_bias = bias_sum.to(call.input.scalar_type());
+  return {grad_input, grad_weight, grad_bias};
+}
+
+}  // namespace
+
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_fused(PartialConvCall& call,
                                                               const at::Tensor& grad_output,
                                                               std::array<bool, 3> wanted) {
+  if (!call.input.is_cpu()) return gradients(call, grad_output, wanted, /*fused_input=*/true);
   PartialConvBackwardParams& p = call.params;
   at::Tensor grads[3];
   grads[0] = wanted[0] ? at::empty_like(call.input, at::MemoryFormat::Preserve)
@@ -244,7 +352,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_fused(PartialConvCall& c
 std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_library(PartialConvCall& call,
                                                                 const at::Tensor& grad_output,
                                                                 std::array<bool, 3> wanted) {
-  const PartialConvBackwardParams& all = call.params;
   if (every_window_is_whole(call)) {
     auto [of_input, of_weight, of_bias] =
         convolution_backward(call, behind_activation(call, grad_output), call.input, wanted);
@@ -254,48 +361,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_library(PartialConvCall&
     return {dense(of_input, call.input), dense(of_weight, call.weight),
             of_bias.defined() ? of_bias : at::empty({0}, call.input.options())};
   }
-  const at::Tensor ratio = window_ratio(call);
-  at::Tensor grad_input = at::empty({0}, call.input.options());
-  at::Tensor grad_weight = at::empty({0}, call.weight.options());
-  at::Tensor grad_bias = at::empty({0}, call.input.options());
-  at::Tensor weight_sum, bias_sum;  // over the parts, in the accumulate type
-  const auto add = [&](at::Tensor& sum, const at::Tensor& part) {
-    const at::Tensor wide = part.to(accumulate_dtype(all.dtype));
-    sum = sum.defined() ? sum.add_(wide) : wide;
-  };
-  if (wanted[0]) grad_input = at::empty_like(call.input, at::MemoryFormat::Preserve);
-  for_parts(call, images_at_a_time(call), [&](PartialConvCall part, int64_t first, int64_t count) {
-    PartialConvBackwardParams& p = part.params;
-    const at::Tensor of_ratio = all.mask_batch == 1 ? ratio : ratio.narrow(0, first, count);
-    const at::Tensor grad = behind_activation(part, grad_output.narrow(0, first, count));
-    if (wanted[2]) {
-      at::Tensor valid = of_ratio.ne(0);
-      if (p.ratio_groups() != 1) valid = valid.repeat_interleave(p.out_channels / p.groups, 1);
-      add(bias_sum, at::where(valid, grad, at::zeros({}, grad.options())).sum({0, 2, 3}));
-    }
-    if (!wanted[0] && !wanted[1]) return;
-    at::Tensor grad_conv = at::empty_like(grad, at::MemoryFormat::Preserve);
-    p.ratio = of_ratio.mutable_data_ptr();
-    p.grad_output = grad.const_data_ptr();
-    p.grad_conv = grad_conv.mutable_data_ptr();
-    const int64_t row = p.out_width * (p.channels_last ? p.out_channels : 1);
-    run_kernel(call.input, p, output_rows(p), grain_size(row), rescale_backward_cpu,
-               GLANCE_CUDA(rescale_backward_cuda));
-    auto [of_input, of_weight, unused] =
-        convolution_backward(part, grad_conv, wanted[1] ? masked_input(part) : part.input,
-                             {wanted[0], wanted[1], false});
-    if (wanted[0]) {
-      mask_into(p, of_input.contiguous(memory_format(call.input)),
-                grad_input.narrow(0, first, count));
-    }
-    if (wanted[1]) add(weight_sum, of_weight);
-  });
-  if (wanted[1]) {
-    grad_weight = weight_sum.to(call.weight.scalar_type()).contiguous(memory_format(call.weight));
-    clear_unseen_taps(call.params, grad_weight);
-  }
-  if (wanted[2]) grad_bias = bias_sum.to(call.input.scalar_type());
-  return {grad_input, grad_weight, grad_bias};
+  return gradients(call, grad_output, wanted, /*fused_input=*/false);
 }
 
 }  // namespace glance

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glance_ext import _library
 from glance_ext.bench.cases import Case, Outputs, Variant
 from glance_ext.bench.limits import Work
 from glance_ext.ops import partial_conv2d, reference
+from glance_ext.testing import partial_conv_path
 
 # Rows of windows at a time through the float64 reference, which writes out every window.
 _WINDOW_BYTES = 256 * 2**20
@@ -174,6 +176,12 @@ class _Inputs:
             )
             for name, layer in layers.items()
         }
+        if self.shape.where and _library.is_loaded():  # what the rule between them comes from
+            for path in ("fused", "library"):
+                variants[f"ours-{path}"] = Variant(
+                    partial(self._run_on_path, path, backward),
+                    partial(self._expected, False, backward),
+                )
         return Case(
             f"{self.shape.where or 'partial_conv2d'}/{direction}/{self.shape.name}",
             {
@@ -191,6 +199,7 @@ class _Inputs:
             variants,
             terms=self.grad_output[:, 0].numel() if backward else self.weight[0].numel(),
             yardstick="conv2d",
+            seconds=0.25 if self.shape.where else 0.5,
         )
 
     def _leaves(self) -> list[tuple[str, Tensor]]:
@@ -208,6 +217,10 @@ class _Inputs:
         return {"output": output} | {
             f"grad_{name}": grad for (name, _), grad in zip(leaves, grads, strict=True)
         }
+
+    def _run_on_path(self, path: str, backward: bool) -> Outputs:
+        with partial_conv_path(path):
+            return self._run(self._ours, backward)
 
     def _reference(self) -> tuple[Tensor, Tensor]:
         s = self.shape
