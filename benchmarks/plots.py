@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -107,6 +107,7 @@ def regions(folder: Path = RESULTS) -> dict[str, str]:
         "detect-files": files(detect),
         "ops-files": files(ops),
         "partial-conv-files": files(convolutions),
+        "partial-conv-summary": network_table(convolutions, ("all",)),
         "partial-conv-networks": network_table(convolutions),
         "partial-conv-layers": layer_table(convolutions),
         "ops-aggregate": ops_table(
@@ -309,7 +310,7 @@ def ops_table(runs: Iterable[Run], op: str, ratios: Iterable[str]) -> str:
     return table(("case", *(f"{above} / {below}" for above, below in pairs)), body)
 
 
-def network_table(runs: Iterable[Run]) -> str:
+def network_table(runs: Iterable[Run], networks: Container[str] | None = None) -> str:
     """``partial_conv2d`` by network: geometric means over its layers, and the worst of them."""
     head = (
         "machine, dtype, layers of", "", "layers", "time ours / conv2d", "at the most",
@@ -319,11 +320,15 @@ def network_table(runs: Iterable[Run]) -> str:
     body = []
     for run in runs:
         groups: dict[tuple[str, str], list[str]] = {}
+        overall: dict[tuple[str, str], list[str]] = {}
         for case in dict.fromkeys(case for case, _ in run.rows):
             network, direction, _ = case.split("/")
             groups.setdefault((network, direction), []).append(case)
-            groups.setdefault(("all", direction), []).append(case)
+            overall.setdefault(("all", direction), []).append(case)
+        groups |= overall
         for (network, direction), cases in groups.items():
+            if networks is not None and network not in networks:
+                continue
             found = partial(_mean_and_worst, run, cases)
             body.append(
                 [

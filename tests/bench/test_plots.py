@@ -26,14 +26,15 @@ plots = script("plots")
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """The committed results, and a copy in which detection of one image takes twice as long."""
+    """The committed results, and a copy in which we take twice as long."""
     slower = tmp_path_factory.mktemp("results")
     for path in plots.RESULTS.glob("*.json"):
         shutil.copy(path, slower)
-    for path in slower.glob("detect--*.json"):
+    for path in slower.glob("*.json"):
         data = json.loads(path.read_text(encoding="utf-8"))
         for row in data["results"]:
-            if row["case"].endswith("/stride4_n1") and row["variant"] == "ours":
+            other_grid = "detect/" in row["case"] and "/stride4_n1" not in row["case"]
+            if row["variant"] == "ours" and not other_grid:
                 row["median_ms"] *= 2
         path.write_text(json.dumps(data), encoding="utf-8")
     return slower
