@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <tuple>
 
 #include "common/tensor_check.h"
@@ -115,6 +116,7 @@ PartialConvCall checked_call(const at::Tensor& input, const at::Tensor& mask,
   p.mask_batch = call.mask.size(0);
   p.mask_channels = call.mask.size(1);
   p.mask = static_cast<const uint8_t*>(call.mask.const_data_ptr());
+  call.all_valid = call.mask.is_cpu() && std::memchr(p.mask, 0, call.mask.numel()) == nullptr;
   call.input = input.contiguous(memory_format(input));
   call.weight = weight.contiguous(memory_format(weight));
   p.weight = call.weight.const_data_ptr();

@@ -4,13 +4,14 @@
 #include <ATen/ops/convolution_backward.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/leaky_relu.h>
+#include <ATen/ops/ones.h>
 #include <ATen/ops/where.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 
 #include "common/tensor_check.h"
 
@@ -61,8 +62,7 @@ PartialConvCall part_of(const PartialConvCall& call, int64_t first, int64_t coun
 }
 
 template <typename Body>
-void for_parts(const PartialConvCall& call, Body&& body) {
-  const int64_t step = images_at_a_time(call);
+void for_parts(const PartialConvCall& call, int64_t step, Body&& body) {
   int64_t first = 0;
   do {  // once for an empty batch too
     const int64_t count = std::min(step, call.params.batch - first);
@@ -89,15 +89,42 @@ void mask_into(PartialConvParams p, const at::Tensor& input, const at::Tensor& t
              GLANCE_CUDA(mask_input_cuda));
 }
 
-// The input itself where nothing is masked, which a CPU finds out at once.
+// The input itself where nothing is masked.
 at::Tensor masked_input(const PartialConvCall& call) {
-  if (call.input.is_cpu()) {
-    const auto* mask = static_cast<const uint8_t*>(call.mask.const_data_ptr());
-    if (std::memchr(mask, 0, call.mask.numel()) == nullptr) return call.input;
-  }
+  if (call.all_valid) return call.input;
   at::Tensor masked = at::empty_like(call.input, at::MemoryFormat::Preserve);
   mask_into(call.params, call.input, masked);
   return masked;
+}
+
+// Whether the ratio is 1 everywhere: this is the plain convolution.
+bool every_window_is_whole(const PartialConvCall& call) {
+  return call.all_valid && call.params.padding[0] == 0 && call.params.padding[1] == 0;
+}
+
+at::Tensor convolution(const PartialConvCall& call, const at::Tensor& input,
+                       const std::optional<at::Tensor>& bias) {
+  const PartialConvParams& p = call.params;
+  return at::convolution(input, call.weight, bias, p.stride, p.padding, p.dilation,
+                         /*transposed=*/false, {0, 0}, p.groups);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(const PartialConvCall& call,
+                                                                    const at::Tensor& grad,
+                                                                    const at::Tensor& input,
+                                                                    std::array<bool, 3> wanted) {
+  const PartialConvParams& p = call.params;
+  return at::convolution_backward(grad, input, call.weight, at::IntArrayRef(p.out_channels),
+                                  p.stride, p.padding, p.dilation, /*transposed=*/false, {0, 0},
+                                  p.groups, wanted);
+}
+
+// The gradient of what the activation was given.
+at::Tensor behind_activation(const PartialConvCall& call, const at::Tensor& grad) {
+  if (!call.result.defined()) return grad;
+  const double slope = call.params.negative_slope;
+  const at::Tensor below = slope == 0 ? at::zeros({}, grad.options()) : grad.mul(slope);
+  return at::where(call.result.gt(0), grad, below).contiguous(memory_format(call.input));
 }
 
 at::Tensor pack_weights(PartialConvCall& call, const SweepSizes& sizes,
@@ -198,15 +225,23 @@ std::tuple<at::Tensor, at::Tensor> forward_fused(PartialConvCall& call) {
 std::tuple<at::Tensor, at::Tensor> forward_library(PartialConvCall& call) {
   PartialConvBackwardParams& all = call.params;
   const at::MemoryFormat format = memory_format(call.input);
+  if (every_window_is_whole(call)) {
+    at::Tensor output = convolution(call, call.input, call.bias).contiguous(format);
+    if (all.negative_slope == 0) output.relu_();
+    if (all.negative_slope != 0 && all.negative_slope != 1) {
+      at::leaky_relu_(output, all.negative_slope);
+    }
+    return {output, at::ones({all.mask_batch, all.ratio_groups(), all.out_height, all.out_width},
+                             call.mask.options())};
+  }
   const at::Tensor ratio = window_ratio(call);
   at::Tensor output;
-  for_parts(call, [&](PartialConvCall part, int64_t first, int64_t count) {
+  // Without a masked copy there is nothing to hold but the output.
+  const int64_t step = call.all_valid ? std::max<int64_t>(all.batch, 1) : images_at_a_time(call);
+  for_parts(call, step, [&](PartialConvCall part, int64_t first, int64_t count) {
     PartialConvParams& p = part.params;
     const bool whole = count == all.batch;
-    at::Tensor plain =
-        at::convolution(masked_input(part), part.weight, std::nullopt, p.stride, p.padding,
-                        p.dilation, /*transposed=*/false, {0, 0}, p.groups)
-            .contiguous(format);
+    at::Tensor plain = convolution(part, masked_input(part), std::nullopt).contiguous(format);
     if (!output.defined()) {
       output = whole ? plain
                      : at::empty({all.batch, p.out_channels, p.out_height, p.out_width},
@@ -231,8 +266,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients(PartialConvCall& call,
                                                          const at::Tensor& grad_output,
                                                          std::array<bool, 3> wanted,
                                                          bool fused_input) {
-  const at::Tensor ratio = window_ratio(call);
   const PartialConvBackwardParams& all = call.params;
+  if (every_window_is_whole(call)) {
+    auto [of_input, of_weight, of_bias] =
+        convolution_backward(call, behind_activation(call, grad_output), call.input, wanted);
+    const auto dense = [](const at::Tensor& grad, const at::Tensor& like) {
+      return grad.defined() ? grad.contiguous(memory_format(like)) : at::empty({0}, like.options());
+    };
+    return {dense(of_input, call.input), dense(of_weight, call.weight),
+            of_bias.defined() ? of_bias : at::empty({0}, call.input.options())};
+  }
+  const at::Tensor ratio = window_ratio(call);
   at::Tensor grad_input = at::empty({0}, call.input.options());
   at::Tensor grad_weight = at::empty({0}, call.weight.options());
   at::Tensor grad_bias = at::empty({0}, call.input.options());
@@ -241,17 +285,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients(PartialConvCall& call,
     const at::Tensor wide = part.to(accumulate_dtype(all.dtype));
     sum = sum.defined() ? sum.add_(wide) : wide;
   };
-  if (wanted[0] && !fused_input)
+  if (wanted[0] && !fused_input) {
     grad_input = at::empty_like(call.input, at::MemoryFormat::Preserve);
-  for_parts(call, [&](PartialConvCall part, int64_t first, int64_t count) {
+  }
+  for_parts(call, images_at_a_time(call), [&](PartialConvCall part, int64_t first, int64_t count) {
     PartialConvBackwardParams& p = part.params;
     const at::Tensor of_ratio = all.mask_batch == 1 ? ratio : ratio.narrow(0, first, count);
-    at::Tensor grad = grad_output.narrow(0, first, count);
-    if (part.result.defined()) {
-      const at::Tensor below =
-          p.negative_slope == 0 ? at::zeros({}, grad.options()) : grad.mul(p.negative_slope);
-      grad = at::where(part.result.gt(0), grad, below).contiguous(memory_format(call.input));
-    }
+    const at::Tensor grad = behind_activation(part, grad_output.narrow(0, first, count));
     if (wanted[2]) {
       at::Tensor valid = of_ratio.ne(0);
       if (p.ratio_groups() != 1) valid = valid.repeat_interleave(p.out_channels / p.groups, 1);
@@ -268,10 +308,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> gradients(PartialConvCall& call,
     if (wanted[0] && fused_input) grad_input = grad_input_fused_cuda(part, grad_conv);
     const bool of_library = wanted[0] && !fused_input;
     if (!of_library && !wanted[1]) return;
-    auto [of_input, of_weight, unused] = at::convolution_backward(
-        grad_conv, wanted[1] ? masked_input(part) : part.input, part.weight, std::nullopt, p.stride,
-        p.padding, p.dilation, /*transposed=*/false, {0, 0}, p.groups,
-        {of_library, wanted[1], false});
+    auto [of_input, of_weight, unused] =
+        convolution_backward(part, grad_conv, wanted[1] ? masked_input(part) : part.input,
+                             {of_library, wanted[1], false});
     if (of_library) {
       mask_into(p, of_input.contiguous(memory_format(call.input)),
                 grad_input.narrow(0, first, count));

@@ -19,6 +19,7 @@ struct PartialConvCall {
   at::Tensor input, mask, weight;
   std::optional<at::Tensor> bias;
   at::Tensor result;  // in the backward pass behind an activation, else not defined
+  bool all_valid = false;  // nothing is masked, which a CPU finds out at once; false if not known
 };
 
 // Which path calls take: the one that is faster by the rule, or everywhere the one that a test or a

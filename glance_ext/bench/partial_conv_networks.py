@@ -75,10 +75,16 @@ GLOBAL_NET = tuple(
     )
     for last in (False, True)
 )
-SHAPES = inpainting_unet(256) + inpainting_unet(512) + GLOBAL_NET + RESNET50
+# Groups of few channels, as in MobileNet (one each) and ResNeXt, with a hole of a quarter.
+GROUPED = tuple(
+    Shape(4, c, side, c, 3, 1, 1, side // 2, groups=groups, where="grouped")
+    for c, side, groups in ((32, 112, 32), (192, 28, 192), (128, 56, 32), (256, 28, 8))
+)
+SHAPES = inpainting_unet(256) + inpainting_unet(512) + GLOBAL_NET + RESNET50 + GROUPED
 QUICK_SHAPES = (
     Shape(1, 3, 24, 8, 7, 2, 3, 12, input_grad=False, where="unet24"),
     Shape(2, 4, 9, 6, 3, 1, 1, where="resnet-padding"),
+    Shape(2, 4, 9, 4, 3, 1, 1, 4, groups=2, where="grouped"),
 )
 
 

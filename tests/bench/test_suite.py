@@ -329,9 +329,9 @@ def test_where_both_paths_are_timed_each_is_taken_forward_and_backward(monkeypat
         _library.module.partial_conv_path(path)
         taken.append(path)
 
-    def op(*arguments):
+    def op(*arguments, **options):
         note()
-        output, mask_out = partial_conv2d(*arguments)
+        output, mask_out = partial_conv2d(*arguments, **options)
         if output.requires_grad:
             output.register_hook(note)
         return output, mask_out

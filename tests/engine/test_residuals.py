@@ -1,29 +1,20 @@
 """Fitting the scale of the difference of both features."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from glance_ext.data.grid import patch_grid
-from glance_ext.engine.calibration import Calibration, HeadScale
 from glance_ext.engine.detector import MODEL_FILE, Detector
 from glance_ext.engine.residuals import fit_residual_scale
 from glance_ext.engine.tiles import Canvas, windows_of
 from glance_ext.models.glance import Glance
 from glance_ext.models.local_net import LocalNet
+from tests.engine import test_detector
 
-RAW = Calibration(
-    lambda_s=1.0,
-    standardise=False,
-    aggregation="mean",
-    grid="33",
-    inconsistency=HeadScale(0.0, 1.0),
-    log_odds=HeadScale(0.0, 1.0),
-    held_out_scores=(0.0,),
-    pixel_range=(0.0, 1.0),
-    optimistic=False,
-)
+RAW = replace(test_detector.RAW, grid="33")
 
 
 @pytest.fixture(scope="module")

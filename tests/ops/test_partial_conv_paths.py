@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glance_ext import _library
@@ -166,3 +167,30 @@ def test_without_the_library_the_error_says_why(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(_library, "module", None)
     with pytest.raises(RuntimeError, match="native ops"), partial_conv_path("fused"):
         pass
+
+
+@pytest.mark.parametrize("slope", [1.0, 0.25, 0.0])
+@pytest.mark.parametrize("mask_channels", [1, 8])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_plain_convolution_where_every_window_is_whole(
+    groups: int, mask_channels: int, slope: float
+) -> None:
+    random = torch.Generator().manual_seed(5)
+    image = torch.randn(2, 8, 9, 7, generator=random)
+    mask = torch.ones(1, mask_channels, 9, 7, dtype=torch.uint8)
+    weight = torch.randn(4, 8 // groups, 3, 2, generator=random)
+    leaves = [t.requires_grad_() for t in (image, weight, torch.randn(4, generator=random))]
+    with partial_conv_path("library"):
+        output, mask_out = partial_conv2d(
+            leaves[0], mask, *leaves[1:], stride=2, groups=groups, negative_slope=slope
+        )
+    plain = F.conv2d(*leaves, stride=2, groups=groups)
+    plain = F.relu(plain) if slope == 0 else F.leaky_relu(plain, slope)
+    assert torch.equal(output, plain)
+    assert mask_out.dtype == torch.uint8
+    assert bool((mask_out == 1).all())
+    grad = torch.randn(plain.shape, generator=random)
+    with partial_conv_path("library"):
+        grads = torch.autograd.grad(output, leaves, grad)
+    for found, expected in zip(grads, torch.autograd.grad(plain, leaves, grad), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
