@@ -82,7 +82,7 @@ struct TileIndex {
 };
 
 template <typename Tile>
-GLANCE_DEVICE TileIndex tile_index(const GemmWork& w, int64_t block) {
+GLANCE_DEVICE TileIndex tile_of_block(const GemmWork& w, int64_t block) {
   const int across = w.groups * w.column_tiles;
   const int columns = static_cast<int>(block % across), group = columns / w.column_tiles;
   return {block / across, columns, group, columns % w.column_tiles * Tile::kColumns};
@@ -365,7 +365,7 @@ GLANCE_DEVICE void convolve_tile(Block& block, const Work& w, int64_t index, cha
   using Warp = typename Block::Warp;
   constexpr int kAhead = Tile::kStages - 1;
   const TileMemory<Tile, Work> memory{shared, w.taps};
-  const TileIndex tile = tile_index<Tile>(w, index);
+  const TileIndex tile = tile_of_block<Tile>(w, index);
   typename Block::template Registers<Accumulators<Tile>> sums{};
   block.phase([&](Warp& warp) { find_rows<Tile>(warp, w, tile, memory); });
   block.phase([&](Warp& warp) { find_places<Tile>(warp, w, memory); });

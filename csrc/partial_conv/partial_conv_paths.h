@@ -18,7 +18,7 @@ struct PartialConvCall {
   PartialConvBackwardParams params;
   at::Tensor input, mask, weight;
   std::optional<at::Tensor> bias;
-  at::Tensor result;  // in the backward pass behind an activation, else not defined
+  at::Tensor result;       // in the backward pass behind an activation, else not defined
   bool all_valid = false;  // nothing is masked, which a CPU finds out at once; false if not known
 };
 

@@ -387,7 +387,7 @@ void steps_of_other_phases_are_skipped() {
     const std::vector<glance_test::Range> nothing;
     glance_test::EmulatedBlock emulated(Tile::kThreads, {}, {shared.data(), bytes}, nothing);
     const glance::TileMemory<Tile, SlideWork> memory{shared.data(), w.taps};
-    const auto tile = glance::tile_index<Tile>(w, block);
+    const auto tile = glance::tile_of_block<Tile>(w, block);
     using Warp = glance_test::EmulatedWarp;
     emulated.phase([&](Warp& warp) { glance::find_rows<Tile>(warp, w, tile, memory); });
     emulated.phase([&](Warp& warp) { glance::find_places<Tile>(warp, w, memory); });
