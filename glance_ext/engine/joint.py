@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glance_ext.data.grid import PatchGrid, patch_grid
 from glance_ext.data.patches import Enlarged, crop_from, sample_positions
-from glance_ext.data.stains import stain
+from glance_ext.data.stains import stain, turn
 from glance_ext.engine.distributed import World
 from glance_ext.engine.loop import Stage
 from glance_ext.engine.settings import TrainSettings
@@ -102,6 +102,11 @@ def images_a_step(count: int, holes_per_image: int) -> int:
     return -(-count // holes_per_image)
 
 
+def distorted(patches: Tensor, kind: str, generator: torch.Generator) -> Tensor:
+    """Patches as the distortion head's negatives; ``kind`` is the setting ``distortion``."""
+    return turn(patches, generator) if kind == "turn" else stain(patches, generator)
+
+
 class _LocalFeatures:
     """The frozen Local-Net: of clean patches, kept where that is cheaper, and of stained ones."""
 
@@ -182,8 +187,8 @@ def joint_stage(
     """Stage 3: ``l_IAD + lambda_t * l_DAD``.
 
     A step's patches come from few images, each with ``holes_per_image`` patches, whose Global-Net
-    features share one pass. The distortion head sees each patch as it is and with a stain; the
-    inconsistency loss never sees a stained patch.
+    features share one pass. The distortion head sees each patch as it is and distorted, with a
+    stain if not otherwise set; the inconsistency loss never sees a distorted patch.
 
     Args:
         model: Trained in place.
@@ -233,7 +238,7 @@ def joint_stage(
         rows = torch.arange(len(drawn)).repeat_interleave(draw.origins.shape[1])[: draw.count]
         view = drawn if side == IMAGE_SIZE[0] else model.local_view(drawn.to(_wide(dtype)))
         patches = crop_from(view, rows, draw.flat_origins, PATCH_SIZE).to(_wide(dtype))
-        stained = stain(patches, generator)
+        stained = distorted(patches, settings.distortion, generator)
         draw, mine = draw.share(world.rank, world.size)
         patches, stained = patches[mine], stained[mine]
         clean_features, stained_features = local_features(draw, patches, stained)

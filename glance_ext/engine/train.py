@@ -23,6 +23,7 @@ from glance_ext.engine.distill import (
     packaged_local_net,
 )
 from glance_ext.engine.distributed import World
+from glance_ext.engine.head import head_stage
 from glance_ext.engine.joint import joint_stage
 from glance_ext.engine.loop import History, Trainer
 from glance_ext.engine.residuals import fit_residual_scale
@@ -49,7 +50,7 @@ class NormalImages:
 
     images: Tensor | Enlarged
     count: int
-    held_out: Sequence[Tensor | Path]
+    held_out: Sequence[Tensor | Path] | Enlarged
     fingerprint: str
 
 
@@ -168,7 +169,10 @@ def train_loaded(
     distilled = load_local_net(local_net or packaged_local_net())
     torch.manual_seed(settings.seed)
     model = Glance(
-        distilled.local_net, patch_scale=settings.patch_scale, whiten=settings.whiten
+        distilled.local_net,
+        patch_scale=settings.patch_scale,
+        whiten=settings.whiten,
+        whiten_over=settings.whiten_over,
     ).to(device)
     distilled.decoder.to(device)
     trainer = Trainer(
@@ -191,6 +195,9 @@ def train_loaded(
         trainer.restore_modules({"local_net": model.local_net})
     trainer.run(joint_stage(model, images, settings, device, world))
     trainer.restore_modules({"model": model})
+    if settings.head_steps:
+        trainer.run(head_stage(model, images, settings, device))
+        trainer.restore_modules({"model": model})
 
     def normal_again(what: str) -> Iterator[Tensor]:
         bar = tqdm(

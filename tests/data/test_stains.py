@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from glance_ext.data.stains import StainSettings, stain
+from glance_ext.data.stains import StainSettings, stain, turn
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -92,3 +92,15 @@ def test_settings_set_size_and_contrast() -> None:
 def test_half_precision_patches_keep_their_type() -> None:
     patches = torch.rand(4, 3, 33, 33).half()
     assert stain(patches, generator()).dtype == torch.float16
+
+
+def test_every_patch_is_turned_by_one_two_or_three_quarters() -> None:
+    patches = torch.rand((300, 3, 9, 9), generator=generator(1))
+    turned = turn(patches, generator())
+    quarters = torch.stack([patches.rot90(k, (2, 3)) for k in range(4)])
+    same = (quarters == turned).flatten(2).all(2)  # (4, 300)
+    assert same.sum(0).eq(1).all()
+    assert not same[0].any()
+    assert same[1:].sum(1).min() > 70
+    assert torch.equal(turned, turn(patches, generator()))
+    assert not torch.equal(turned, turn(patches, generator(2)))

@@ -182,6 +182,23 @@ def test_bfloat16_rounds_the_networks_and_nothing_else(
     assert kept.dtype == torch.float32
 
 
+def test_the_distortion_may_be_a_turn(
+    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(module, "turn", lambda patches, random: seen.append(patches) or patches)
+    heads: list[Any] = []
+    model.distortion_head.register_forward_hook(lambda _, args, __: heads.append(args[0]))
+    joint_stage(model, images, replace(SETTINGS, distortion="turn"), CPU).step(random())
+    assert len(seen) == 1
+    clean, other = heads[0].chunk(2)
+    assert torch.equal(clean, other)  # as the stub has turned nothing
+    joint_stage(model, images, SETTINGS, CPU).step(random())
+    assert len(seen) == 1
+    clean, other = heads[1].chunk(2)
+    assert not torch.equal(clean, other)
+
+
 def test_the_inconsistency_loss_never_sees_a_stain(
     model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,6 +58,35 @@ def test_scores_are_whitened_on_every_path(fitted) -> None:
     )
 
 
+def test_over_images_the_scale_is_of_each_windows_mean(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Glance(LocalNet(5, 4), whiten=True, whiten_over="image")
+    images = [torch.rand(3, 256, 256) for _ in range(3)] + [torch.rand(3, 256, 300)]
+    fit_residual_scale(model, iter(images), grid="33", device=torch.device("cpu"))
+    starts = patch_grid("33").starts
+    plan = model.plan(starts, starts)
+    canvases = [Canvas(image.shape[-2:]) for image in images]
+    windows = torch.stack([canvases[i].cut(images[i], at) for i, at in windows_of(canvases)])
+    local, around = model.grid_features(windows, plan)
+    means = (local - around).double().mean(1)
+    assert len(means) == 5
+    scale = model.residual_scale
+    torch.testing.assert_close(scale.mean.double(), means.mean(0), atol=1e-5, rtol=1e-5)
+    covariance = torch.cov(means.T, correction=0)
+    covariance += 0.01 * covariance.diagonal().mean() * torch.eye(4)
+    whitening = scale.whitening.double()
+    torch.testing.assert_close(
+        whitening @ covariance @ whitening.T, torch.eye(4).double(), atol=1e-2, rtol=0
+    )
+    detector = Detector(model, RAW)
+    shared = detector.score_patches(windows[:2]).inconsistency
+    each = model.score_patches(windows[:2], detector.grid.origins).inconsistency
+    torch.testing.assert_close(shared, each, atol=1e-2, rtol=1e-2)
+    detector.save(tmp_path / MODEL_FILE)
+    again = Detector.load(tmp_path)
+    assert torch.equal(again.score_patches(windows[:2]).inconsistency, shared)
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float64"])
 def test_the_scale_is_never_rounded_to_bfloat16(fitted, precision: str) -> None:
     model, images = fitted

@@ -1,15 +1,19 @@
 """Patches larger than 33 pixels, which Local-Net sees shrunk."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from glance_ext.data.patches import Enlarged, crop_patches
+from glance_ext.engine.detector import Detector
 from glance_ext.engine.joint import joint_stage
 from glance_ext.engine.settings import TrainSettings, preset
 from glance_ext.errors import GlanceError
 from glance_ext.models.glance import PATCH_SIZE, Glance
 from glance_ext.models.local_net import LocalNet
+from tests.engine.test_residuals import RAW
 
 
 def model(scale: int) -> Glance:
@@ -21,10 +25,10 @@ def scene(count: int = 1) -> Tensor:
     return torch.rand((count, 3, 256, 256), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("scale", [1, 2, 4])
+@pytest.mark.parametrize("scale", [1, 2, 4, 6])
 def test_the_shared_pass_equals_one_masked_pass_a_patch(scale: int) -> None:
     glance = model(scale)
-    starts = [0, 9, glance.view_size - PATCH_SIZE]
+    starts = sorted({0, 9, glance.view_size - PATCH_SIZE})
     origins = torch.cartesian_prod(torch.tensor(starts), torch.tensor(starts))
     found = glance.score_grid(scene(2), glance.plan(starts, starts))
     expected = glance.score_patches(scene(2), origins)
@@ -34,7 +38,7 @@ def test_the_shared_pass_equals_one_masked_pass_a_patch(scale: int) -> None:
         )
 
 
-@pytest.mark.parametrize("scale", [2, 4])
+@pytest.mark.parametrize("scale", [2, 3, 4])
 @torch.no_grad()
 def test_both_networks_look_at_the_same_place(scale: int) -> None:
     glance, origin = model(scale), torch.tensor([[7, 20]])
@@ -91,6 +95,23 @@ def test_enlarged_images_are_made_when_asked_for() -> None:
     assert tuple(patch.shape) == (2, 3, 33, 33)
 
 
-def test_a_scale_that_does_not_divide_is_refused() -> None:
-    with pytest.raises(GlanceError, match="patch scale: expected 1, 2 or 4, got 3"):
-        preset("default", patch_scale=3)
+@pytest.mark.parametrize("scale", [0, 8])
+def test_a_scale_at_which_no_patch_fits_is_refused(scale: int) -> None:
+    with pytest.raises(GlanceError, match=f"patch scale: expected 1 to 7, got {scale}"):
+        preset("default", patch_scale=scale)
+
+
+@pytest.mark.parametrize("scale", [3, 4, 6])
+def test_patches_keep_their_place_in_the_map(scale: int) -> None:
+    scores = torch.zeros(1, 4)
+    scores[0, 3] = 1.0
+    side = 256 // scale - PATCH_SIZE
+    detector = Detector(model(scale), replace(RAW, grid=str(min(side, 33)), aggregation="max"))
+    scores = torch.zeros(1, len(detector.grid))
+    scores[0, -1] = 1.0
+    (found,) = detector.aggregate(scores)
+    assert found.shape == (256, 256)
+    edge = side * scale  # where the last patch begins; the shrinking leaves up to 4 pixels over
+    assert found[edge + scale :, edge + scale :].min() > 0.999
+    assert found[: edge - scale].max() < 0.001
+    assert found[:, : edge - scale].max() < 0.001
