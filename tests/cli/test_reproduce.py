@@ -257,12 +257,12 @@ def test_the_default_preset_of_cifar_is_short(
     )
     call = ["reproduce", "cifar10", root, "--class", "cat", "--local-net", local_net]
     run(*call, "-o", tmp_path / "0")
-    run(*call, "-o", tmp_path / "1", "--steps", 7, "--grid", 4)
+    run(*call, "-o", tmp_path / "1", "--steps", 7, "--grid", 3)
     run(*call, "-o", tmp_path / "2", "--preset", "paper")
     short, changed, paper = (plan.settings.to_json() for plan in plans)
     chosen = {**cifar.SETTING, **cifar.SCHEDULE}
     assert {key: short[key] for key in chosen} == chosen
-    assert (changed["steps"], changed["grid"], changed["positions"]) == (7, "4", "4")
+    assert (changed["steps"], changed["grid"], changed["positions"]) == (7, "3", "3")
     assert (paper["steps"], paper["positions"], paper["distortion"]) == (
         200_000,
         "uniform",

@@ -48,7 +48,7 @@ def test_the_head_learns_and_nothing_else_does(
     changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
     assert changed == {f"distortion_head.{name}" for name in model.distortion_head.state_dict()}
     losses = [value for _, value in trainer.history["head/loss"]]
-    assert losses[-1] < losses[0] < 1
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("kind", ["turn", "stain"])

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glance_ext.data.patches import Enlarged, crop_patches
@@ -13,6 +14,7 @@ from glance_ext.engine.settings import TrainSettings, preset
 from glance_ext.errors import GlanceError
 from glance_ext.models.glance import PATCH_SIZE, Glance
 from glance_ext.models.local_net import LocalNet
+from glance_ext.ops import aggregate_patch_scores
 from tests.engine.test_residuals import RAW
 
 
@@ -88,7 +90,7 @@ def test_enlarged_images_are_made_when_asked_for() -> None:
     assert tuple(some.shape) == (2, 3, 256, 256)
     assert torch.equal(some[0], images[4])
     assert torch.equal(images[:2][0], some[1])
-    shrunk = torch.nn.functional.avg_pool2d(some, 8) * 255
+    shrunk = F.avg_pool2d(some, 8) * 255
     assert (shrunk[0] - small[4]).abs().mean() < 30  # the same picture, smoothed
     assert torch.equal(Enlarged(small, (32, 32))[2], small[2] / 255)
     patch = crop_patches(some, torch.tensor([[0, 0], [3, 5]]), PATCH_SIZE)
@@ -103,15 +105,17 @@ def test_a_scale_at_which_no_patch_fits_is_refused(scale: int) -> None:
 
 @pytest.mark.parametrize("scale", [3, 4, 6])
 def test_patches_keep_their_place_in_the_map(scale: int) -> None:
-    scores = torch.zeros(1, 4)
-    scores[0, 3] = 1.0
-    side = 256 // scale - PATCH_SIZE
-    detector = Detector(model(scale), replace(RAW, grid=str(min(side, 33)), aggregation="max"))
-    scores = torch.zeros(1, len(detector.grid))
-    scores[0, -1] = 1.0
-    (found,) = detector.aggregate(scores)
-    assert found.shape == (256, 256)
-    edge = side * scale  # where the last patch begins; the shrinking leaves up to 4 pixels over
-    assert found[edge + scale :, edge + scale :].min() > 0.999
-    assert found[: edge - scale].max() < 0.001
-    assert found[:, : edge - scale].max() < 0.001
+    side = 256 // scale
+    grid = str(min(side - PATCH_SIZE, PATCH_SIZE))
+    detector = Detector(model(scale), replace(RAW, grid=grid))
+    scores = torch.rand((2, len(detector.grid)), generator=torch.Generator().manual_seed(3))
+    maps = detector.aggregate(scores)
+    assert maps.shape == (2, 256, 256)
+    seen = aggregate_patch_scores(
+        scores, PATCH_SIZE, (side, side), origins=detector.grid.origins, mode="mean"
+    )
+    inside = side * scale  # up to four pixels are left over
+    expected = F.interpolate(seen[None], (inside, inside), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(maps[:, :inside, :inside], expected[0])
+    assert maps[:, inside:].eq(maps[:, inside - 1 : inside]).all()
+    assert maps[:, :, inside:].eq(maps[:, :, inside - 1 : inside]).all()
