@@ -36,6 +36,7 @@ KERNEL_SOURCES = [
     "csrc/hole_windows/hole_sequence_cpu.cpp",
     "csrc/hole_windows/hole_windows_cpu.cpp",
     "csrc/hole_windows/micro_kernel.cpp",
+    "csrc/partial_conv/fused_rule.cpp",
     "csrc/partial_conv/fused_sweep_cpu.cpp",
     "csrc/partial_conv/fused_weight_cpu.cpp",
     "csrc/partial_conv/outer_kernel.cpp",
@@ -49,6 +50,7 @@ KERNEL_SOURCES = [
 CUDA_SOURCES = [
     "csrc/hole_windows/hole_conv.cu",
     "csrc/hole_windows/hole_windows.cu",
+    "csrc/partial_conv/fused_conv.cu",
     "csrc/partial_conv/partial_conv.cu",
     "csrc/patch_scores/patch_grid.cu",
     "csrc/patch_scores/patch_scores.cu",

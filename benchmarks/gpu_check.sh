@@ -110,6 +110,36 @@ for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
 '
 }
 
+# Both paths of partial_conv2d, forward and backward, with the tiles of each dtype, groups, a depthwise
+# convolution, strides, and a hole that leaves tiles empty; under any tool.
+windows() {
+  local tool=$1
+  shift
+  sanitize "$tool" "$@" "$PYTHON" -c '
+import torch
+from glance_ext.ops import partial_conv2d
+from glance_ext.testing import partial_conv_path
+
+sizes = ((3, 16, 7, 2, 1), (20, 36, 3, 1, 1), (64, 130, 3, 2, 1), (48, 48, 3, 1, 3), (16, 16, 3, 1, 16))
+mask = torch.rand(2, 1, 40, 37, device="cuda") > 0.3
+mask[..., :24, :30] = False
+for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+    for tf32 in {False, dtype == torch.float32}:
+        torch.backends.cudnn.allow_tf32 = tf32
+        for c, k, window, stride, groups in sizes:
+            tensors = (torch.rand(2, c, 40, 37), torch.rand(k, c // groups, window, window), torch.rand(k))
+            image, weight, bias = (t.to("cuda", dtype).requires_grad_() for t in tensors)
+            for path in ("fused", "library"):
+                with partial_conv_path(path):
+                    nhwc = image.contiguous(memory_format=torch.channels_last)
+                    output, valid = partial_conv2d(nhwc, mask, weight, bias, stride, 1, 1, groups, 0.1)
+                    output.sum().backward()
+                torch.cuda.synchronize()
+                print(dtype, path, c, k, float(output.sum()), int(valid.sum()), float(image.grad.sum()))
+                image.grad = weight.grad = bias.grad = None
+'
+}
+
 # bench SUITE DTYPE: measures, prints the table, writes the JSON and checks its form.
 bench() {
   local suite=$1 dtype=$2 machine file
@@ -130,11 +160,14 @@ step "tests" run_tests
 # Compilers' own kernels are not ours to check, and slow to.
 step "memcheck: op tests" sanitize memcheck "$PYTHON" -m pytest tests/ops -m cuda -k "not compile"
 step "memcheck: holes" holes memcheck
+step "memcheck: windows" windows memcheck
 step "racecheck: aggregation" race
 step "racecheck: holes" holes racecheck --kernel-name kernel_substring=glance
 step "initcheck: holes" holes initcheck --kernel-name kernel_substring=glance
+step "racecheck: windows" windows racecheck --kernel-name kernel_substring=glance
+step "initcheck: windows" windows initcheck --kernel-name kernel_substring=glance
 # float32 may round the factors of its products to TF32, as torch's convolutions do by default.
-for suite in ops detect; do
+for suite in ops partial-conv detect; do
   for dtype in float32 bfloat16; do
     step "bench: $suite $dtype" bench "$suite" "$dtype"
   done

@@ -1,6 +1,6 @@
-"""Prints what the CUDA kernels take of a multiprocessor, as the table of docs/performance.md.
+"""Prints what the CUDA kernels take of a multiprocessor; benchmarks/kernel_resources.json has it.
 
-    python benchmarks/kernel_resources.py [SOURCE.cu ...]
+    python benchmarks/kernel_resources.py [--json benchmarks/kernel_resources.json] [SOURCE.cu ...]
 
 Compiles the sources for each architecture and reads the compiler's report. Needs nvcc and a C++
 compiler, no GPU. Exits with 1 if a kernel spills registers to memory.
@@ -9,6 +9,7 @@ compiler, no GPU. Exits with 1 if a kernel spills registers to memory.
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import subprocess
@@ -16,13 +17,16 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # Shared memory of a multiprocessor in bytes, by architecture (CUDA C++ Programming Guide, table of
 # compute capabilities); each block takes 1 KiB more than it asks for.
 SHARED = {80: 164 * 1024, 90: 228 * 1024}
 REGISTERS, WARPS = 65536, 64
-TAPS = 9  # of a 3x3 kernel: hole_conv's shared memory grows with them
+# Shared memory of the tiled convolutions grows with the taps and the steps over the channels: those
+# of a 3x3 kernel on 256 channels of 16 bits.
+TAPS, STEPS = 9, 72
 MATH = {"0": "tensor cores", "1": "plain"}
 REPORT = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for 'sm_(?P<arch>\d+)'.*?"
@@ -78,14 +82,16 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def tile_sizes(tiles: list[str], folder: Path) -> dict[str, tuple[int, int]]:
-    """Threads and bytes of shared memory of hole_conv's tiles: from the header that knows them."""
+    """Threads and bytes of shared memory of `Tile, Work` pairs: from the headers that know them."""
     prints = "".join(
-        f'  std::printf("%d %d\\n", {tile}::kThreads, int(TileMemory<{tile}>::bytes({TAPS})));\n'
+        f'  std::printf("%d %d\\n", {tile.rpartition(", ")[0]}::kThreads, '
+        f"int(TileMemory<{tile}>::bytes({TAPS}, {STEPS})));\n"
         for tile in tiles
     )
     program = folder / "sizes.cpp"
     program.write_text(
-        '#include <cstdio>\n#include "hole_windows/hole_conv_kernel.h"\n'
+        '#include <cstdio>\n#include "hole_windows/hole_conv_tile.h"\n'
+        '#include "partial_conv/fused_tile.h"\n'
         f"using namespace glance;\nint main() {{\n{prints}}}\n"
     )
     binary = folder / "sizes"
@@ -97,8 +103,8 @@ def tile_sizes(tiles: list[str], folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def label(tile: str) -> str:
-    """`ConvTile<Half, (Math)0, 64, 8>` in words."""
-    found = re.fullmatch(r"ConvTile<(\w+), \(Math\)(\d), (\d+), (\d+)>", tile)
+    """`ConvTile<Half, (Math)0, 64, 8>, Work` in words."""
+    found = re.fullmatch(r"ConvTile<(\w+), \(Math\)(\d), (\d+), (\d+)>, \w+", tile)
     assert found is not None, tile
     dtype, math, columns, chunk = found.groups()
     return f"convolve: {dtype.lower()}, {MATH[math]}, {columns} columns, {chunk}-byte copies"
@@ -116,10 +122,10 @@ def collect(sources: list[Path]) -> dict[str, Kernel]:
                 for match, full in zip(
                     found, demangled([match["name"] for match in found]), strict=True
                 ):
-                    tile = re.search(r"\bconvolve_kernel<(ConvTile<.*?>) ?>", full)
+                    tile = re.search(r"\bconvolve_kernel<(ConvTile<.*?>, \w+) ?>", full)
                     short = re.search(r"(\w+)_kernel\b", full)
                     assert short is not None, full
-                    key = label(tile[1]) if tile else f"{source.stem}: {short[1]}"
+                    key = f"{source.stem}: {label(tile[1]) if tile else short[1]}"
                     kernel = kernels.setdefault(key, Kernel())
                     kernel.add(arch, int(match["registers"]), int(match["stores"]))
                     static = re.search(r"(\d+) bytes smem", match["rest"])
@@ -130,7 +136,33 @@ def collect(sources: list[Path]) -> dict[str, Kernel]:
             for tile_name, (threads, shared) in tile_sizes(list(tiles), folder).items():
                 kernel = kernels[tiles[tile_name]]
                 kernel.threads, kernel.shared = threads, shared
-    return kernels
+    return dict(sorted(kernels.items(), key=lambda item: natural(item[0])))
+
+
+def record(kernels: dict[str, Kernel]) -> dict[str, Any]:
+    """All of it for the committed file."""
+    version = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release [\d.]+, V([\d.]+)", version)
+    return {
+        "nvcc": found[1] if found else "unknown",
+        "taps": TAPS,
+        "steps": STEPS,
+        "kernels": {
+            name: {
+                "threads": kernel.threads,
+                "shared_bytes": kernel.shared,
+                **{
+                    f"sm_{arch}": {
+                        "registers": [min(registers), max(registers)],
+                        "spilled_bytes": kernel.spills[arch],
+                        "blocks": kernel.blocks(arch),
+                    }
+                    for arch, registers in kernel.registers.items()
+                },
+            }
+            for name, kernel in kernels.items()
+        },
+    }
 
 
 def table(kernels: dict[str, Kernel]) -> str:
@@ -139,7 +171,7 @@ def table(kernels: dict[str, Kernel]) -> str:
     head = [f"registers sm_{arch}" for arch in archs] + ["threads", "shared bytes"]
     head += [f"blocks sm_{arch}" for arch in archs] + ["spilled bytes"]
     lines = [f"| kernel | {' | '.join(head)} |", "|---" * (len(head) + 1) + "|"]
-    for name, kernel in sorted(kernels.items(), key=lambda item: natural(item[0])):
+    for name, kernel in kernels.items():
         ranges = []
         for arch in archs:
             low, high = min(kernel.registers[arch]), max(kernel.registers[arch])
@@ -158,9 +190,12 @@ def natural(text: str) -> list[tuple[int, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sources", nargs="*", type=Path, help="default: all of csrc")
-    sources = parser.parse_args().sources or sorted((ROOT / "csrc").rglob("*.cu"))
-    kernels = collect(sources)
+    parser.add_argument("--json", type=Path, help="also writes them to this file")
+    arguments = parser.parse_args()
+    kernels = collect(arguments.sources or sorted((ROOT / "csrc").rglob("*.cu")))
     print(table(kernels))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(record(kernels), indent=1) + "\n", encoding="utf-8")
     if any(sum(kernel.spills.values()) for kernel in kernels.values()):
         sys.exit("some kernels spill registers")
 

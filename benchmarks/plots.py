@@ -3,8 +3,9 @@
     python benchmarks/plots.py
 
 reads benchmarks/results/*.json, rewrites every region between ``<!-- table: NAME -->`` and
-``<!-- end -->`` in README.md and docs/performance.md, and draws docs/images/detect-speed.png. No
-figure there is typed by hand; tests/bench/test_plots.py holds the documents to the files.
+``<!-- end -->`` in README.md, docs/ops.md and docs/performance.md, and draws
+docs/images/detect-speed.png. No figure there is typed by hand; tests/bench/test_plots.py holds the
+documents to the files.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping
+import statistics
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "ops.md", ROOT / "docs" / "performance.md")
 PICTURE = ROOT / "docs" / "images" / "detect-speed.png"
 
 STAGES = {
@@ -60,9 +63,9 @@ class Run:
         value = self.rows.get((case, variant), {}).get(key)
         return None if value is None else float(value)
 
-    def ratio(self, case: str, above: str, below: str) -> float | None:
-        """How many times the median of one variant is that of another."""
-        numerator, denominator = self.get(case, above), self.get(case, below)
+    def ratio(self, case: str, above: str, below: str, key: str = "median_ms") -> float | None:
+        """How many times the median, or another figure, of one variant is that of another."""
+        numerator, denominator = self.get(case, above, key), self.get(case, below, key)
         return numerator / denominator if numerator and denominator else None
 
     @property
@@ -93,6 +96,7 @@ def load(folder: Path, suite: str) -> list[Run]:
 def regions(folder: Path = RESULTS) -> dict[str, str]:
     """The text of every region by name."""
     detect, ops = load(folder, "detect"), load(folder, "ops")
+    convolutions = load(folder, "partial-conv")
     return {
         "detect-sentence": sentence(detect[0]),
         "detect-goal": goal_table(detect),
@@ -102,9 +106,10 @@ def regions(folder: Path = RESULTS) -> dict[str, str]:
         "detect-sizes": size_table(detect),
         "detect-files": files(detect),
         "ops-files": files(ops),
-        "ops-partial-conv2d": ops_table(
-            ops, "partial_conv2d", ("reference/ours", "nvidia/ours", "ours/conv2d", "ours/limit")
-        ),
+        "partial-conv-files": files(convolutions),
+        "partial-conv-summary": network_table(convolutions, ("all",)),
+        "partial-conv-networks": network_table(convolutions),
+        "partial-conv-layers": layer_table(convolutions),
         "ops-aggregate": ops_table(
             ops,
             "aggregate_patch_scores",
@@ -303,6 +308,82 @@ def ops_table(runs: Iterable[Run], op: str, ratios: Iterable[str]) -> str:
             found = [run.ratio(case, above, below) for above, below in pairs]
             body.append([case, *("-" if value is None else f"{value:.2f}" for value in found)])
     return table(("case", *(f"{above} / {below}" for above, below in pairs)), body)
+
+
+def network_table(runs: Iterable[Run], networks: Container[str] | None = None) -> str:
+    """``partial_conv2d`` by network: geometric means over its layers, and the worst of them."""
+    head = (
+        "machine, dtype, layers of", "", "layers", "time ours / conv2d", "at the most",
+        "memory ours / conv2d", "at the most", "nvidia / ours", "at the least",
+        "nvidia compiled / ours", "at the least", "library / fused",
+    )  # fmt: skip
+    body = []
+    for run in runs:
+        groups: dict[tuple[str, str], list[str]] = {}
+        overall: dict[tuple[str, str], list[str]] = {}
+        for case in dict.fromkeys(case for case, _ in run.rows):
+            network, direction, _ = case.split("/")
+            groups.setdefault((network, direction), []).append(case)
+            overall.setdefault(("all", direction), []).append(case)
+        groups |= overall
+        for (network, direction), cases in groups.items():
+            if networks is not None and network not in networks:
+                continue
+            found = partial(_mean_and_worst, run, cases)
+            body.append(
+                [
+                    f"{run.machine}, {run.dtype}, {network}",
+                    direction.replace("_", " + "),
+                    str(len(cases)),
+                    *found("ours", "conv2d", max),
+                    *found("ours", "conv2d", max, "peak_mib"),
+                    *found("nvidia", "ours", min),
+                    *found("nvidia-compiled", "ours", min),
+                    found("ours-library", "ours-fused", min)[0],
+                ]
+            )
+    return table(head, body)
+
+
+def _mean_and_worst(
+    run: Run,
+    cases: Iterable[str],
+    above: str,
+    below: str,
+    worst: Callable[[list[float]], float],
+    key: str = "median_ms",
+) -> tuple[str, str]:
+    """The geometric mean of a ratio over some cases, and its worst value."""
+    found = [value for case in cases if (value := run.ratio(case, above, below, key))]
+    if not found:
+        return "-", "-"
+    return times(statistics.geometric_mean(found)), times(worst(found))
+
+
+def layer_table(runs: Iterable[Run]) -> str:
+    """``partial_conv2d`` layer by layer."""
+    head = (
+        "machine, dtype, layer", "conv2d ms", "ours ms", "ours / conv2d", "memory ours / conv2d",
+        "fused ms", "library ms", "nvidia / ours", "nvidia compiled / ours", "ours / limit",
+    )  # fmt: skip
+    body = []
+    for run in runs:
+        for case in dict.fromkeys(case for case, _ in run.rows):
+            body.append(
+                [
+                    f"{run.machine}, {run.dtype}, {case}",
+                    ms(run.get(case, "conv2d")),
+                    ms(run.get(case, "ours")),
+                    times(run.ratio(case, "ours", "conv2d")),
+                    times(run.ratio(case, "ours", "conv2d", "peak_mib")),
+                    ms(run.get(case, "ours-fused")),
+                    ms(run.get(case, "ours-library")),
+                    times(run.ratio(case, "nvidia", "ours")),
+                    times(run.ratio(case, "nvidia-compiled", "ours")),
+                    times(run.ratio(case, "ours", "limit")),
+                ]
+            )
+    return table(head, body)
 
 
 def table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:

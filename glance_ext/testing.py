@@ -6,11 +6,14 @@ plain torch in the result's own dtype is, plus a small floor for the cases where
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
+
+from glance_ext import _library
 
 FLOORS: Mapping[torch.dtype, float] = MappingProxyType(
     {
@@ -22,6 +25,34 @@ FLOORS: Mapping[torch.dtype, float] = MappingProxyType(
 )
 """The absolute error that is allowed on top, by dtype: some roundings of a number near 1, and two
 for the 16-bit dtypes."""
+
+PATHS = ("rule", "fused", "library")
+
+
+@contextlib.contextmanager
+def partial_conv_path(path: str) -> Iterator[None]:
+    """Has ``partial_conv2d`` take one of its two native paths, in every thread, for as long.
+
+    The result is the same to rounding; which one is faster depends on the shape, and by itself
+    the op chooses by a rule (docs/ops.md).
+
+    Args:
+        path: ``"fused"``, our own kernel where there is one for the arguments; ``"library"``, the
+            platform's convolution with a kernel of ours before and behind it; or ``"rule"``.
+
+    Raises:
+        ValueError: The path is none of these.
+        RuntimeError: The native ops are not there; the message says why.
+    """
+    if path not in PATHS:
+        raise ValueError(f"partial_conv_path: expected one of {', '.join(PATHS)}, got {path!r}")
+    if not _library.is_loaded():
+        raise RuntimeError(f"partial_conv_path: {_library.why_not_loaded()}")
+    before = _library.module.partial_conv_path(path)
+    try:
+        yield
+    finally:
+        _library.module.partial_conv_path(before)
 
 
 def assert_matches_reference(

@@ -37,6 +37,15 @@ def test_reproduce_shows_the_committed_figures(name: str) -> None:
     assert found == [expected]
 
 
+def test_reproduce_shows_the_committed_classes_of_cifar10() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "cifar10.json").read_text())
+    columns = ("Glance", "GradCon", "OCGAN")
+    for name, metrics in found["results"].items():
+        figures = [metrics["image_AUROC"], *(found["paper"][name][c] for c in columns)]
+        expected = [name, *(f"{figure:.3f}" for figure in figures)]
+        assert expected in _rows(ROOT / "docs" / "reproduce.md")
+
+
 def test_nothing_speaks_of_the_machine_it_was_written_on() -> None:
     foreign = re.compile(r"(?<![\w.])/(work|tmp|root|home)/")
     assert not [page.name for page in PAGES if foreign.search(page.read_text(encoding="utf-8"))]

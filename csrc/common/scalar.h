@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 // Marks what device code may call too; nothing to a plain C++ compiler.
 #ifdef __CUDACC__
@@ -100,6 +101,16 @@ inline Half narrow<Half>(float value) {
     half = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000u;
   }
   return Half{static_cast<uint16_t>(sign | half)};
+}
+
+// From one element type to another, through the accumulate type.
+template <typename To, typename From>
+inline To convert(From value) {
+  if constexpr (std::is_same_v<To, From>) {
+    return value;
+  } else {
+    return narrow<To>(widen(value));
+  }
 }
 
 template <typename T>

@@ -1,7 +1,8 @@
 #include "common/transpose.h"
 
-#if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
-#define GLANCE_X86 1
+#include "common/simd_target.h"
+
+#ifdef GLANCE_X86
 #include <immintrin.h>
 #endif
 
@@ -18,8 +19,8 @@ void plain(const float* from, int64_t from_pitch, int64_t rows, int64_t columns,
 }
 
 #ifdef GLANCE_X86
-__attribute__((target("avx2"))) void eight_by_eight(const float* from, int64_t from_pitch,
-                                                    float* to, int64_t to_pitch) {
+GLANCE_TARGET("avx2")
+void eight_by_eight(const float* from, int64_t from_pitch, float* to, int64_t to_pitch) {
   __m256 a[8], b[8];
   for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(from + i * from_pitch);
   for (int i = 0; i < 8; i += 2) {

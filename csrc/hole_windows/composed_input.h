@@ -9,15 +9,6 @@
 
 namespace glance {
 
-template <typename To, typename From>
-inline To convert(From value) {
-  if constexpr (std::is_same_v<To, From>) {
-    return value;
-  } else {
-    return widen(value);
-  }
-}
-
 template <typename T>
 struct Composed {
   const T* base;    // (H, W, C) of the image

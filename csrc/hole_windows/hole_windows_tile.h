@@ -96,6 +96,14 @@ GLANCE_HOST_DEVICE inline Position tile_pixel(const HoleGatherParams& p, int64_t
   return {origin[0] + y, origin[1] + x};
 }
 
+// Flat in (N * P, th, tw) of the tiles; -1 outside of tile b.
+template <typename I>
+GLANCE_HOST_DEVICE inline I tile_index(const HoleGatherParams& p, I b, int64_t y, int64_t x) {
+  if (y < 0 || y >= p.tile_height || x < 0 || x >= p.tile_width) return -1;
+  const I row = b * static_cast<I>(p.tile_height) + static_cast<I>(y);
+  return row * static_cast<I>(p.tile_width) + static_cast<I>(x);
+}
+
 // Where the gradient of cell (y, x) of window b stands in (N * P, th, tw) of the tiles; -1 where
 // the cell is no part of the extent, or the extent there no part of the tile.
 template <typename I>
@@ -105,11 +113,7 @@ GLANCE_HOST_DEVICE inline I tile_of_window_cell(const HoleGatherParams& p, I b, 
   const int32_t* extent = p.extents + g * 4;
   const int32_t* origin = p.origins + g * 2;
   if (y >= extent[2] || x >= extent[3]) return -1;
-  const int64_t tile_y = extent[0] + y - origin[0], tile_x = extent[1] + x - origin[1];
-  if (tile_y < 0 || tile_y >= p.tile_height || tile_x < 0 || tile_x >= p.tile_width) return -1;
-  return (b * static_cast<I>(p.tile_height) + static_cast<I>(tile_y)) *
-             static_cast<I>(p.tile_width) +
-         static_cast<I>(tile_x);
+  return tile_index<I>(p, b, extent[0] + y - origin[0], extent[1] + x - origin[1]);
 }
 
 // The same for pixel (y, x) of the base: -1 where the tile has it not or the extent covers it.
@@ -119,13 +123,9 @@ GLANCE_HOST_DEVICE inline I tile_of_base_pixel(const HoleGatherParams& p, I b, i
   const I g = b % static_cast<I>(p.geometry_rows);
   const int32_t* extent = p.extents + g * 4;
   const int32_t* origin = p.origins + g * 2;
-  const int64_t tile_y = y - origin[0], tile_x = x - origin[1];
-  if (tile_y < 0 || tile_y >= p.tile_height || tile_x < 0 || tile_x >= p.tile_width) return -1;
   const int64_t in_y = y - extent[0], in_x = x - extent[1];
   if (in_y >= 0 && in_y < extent[2] && in_x >= 0 && in_x < extent[3]) return -1;
-  return (b * static_cast<I>(p.tile_height) + static_cast<I>(tile_y)) *
-             static_cast<I>(p.tile_width) +
-         static_cast<I>(tile_x);
+  return tile_index<I>(p, b, y - origin[0], x - origin[1]);
 }
 
 // Rows of the convolution seen as a matrix product: the listed cells, image after image where all

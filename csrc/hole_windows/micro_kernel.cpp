@@ -3,22 +3,13 @@
 #include <cstring>
 #include <type_traits>
 
-// Functions for one instruction set, chosen at run time, in a library that runs everywhere.
-#if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
-#define GLANCE_X86 1
+#include "common/simd_target.h"
+
+#ifdef GLANCE_X86
 #include <immintrin.h>
-#define GLANCE_TARGET(sets) __attribute__((target(sets)))
 #define GLANCE_AVX2 "avx2,fma"
 #define GLANCE_AVX512 "avx512f,avx512bw,avx512vl"
 #define GLANCE_BFLOAT16 "avx512f,avx512bw,avx512vl,avx512bf16"
-#endif
-
-#if defined(__clang__)
-#define GLANCE_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define GLANCE_UNROLL _Pragma("GCC unroll 32")
-#else
-#define GLANCE_UNROLL
 #endif
 
 namespace glance {
@@ -174,14 +165,16 @@ void avx2(const MicroTile<float, float, float>& tile) {
   }
   const float* b = tile.panel;
   for (int64_t r = 0; r < tile.run_count; ++r) {
-    const int64_t start = tile.runs[r];
-    for (int64_t k = start; k < start + tile.run_length; ++k, b += kVectors * 8) {
+    const float* row[kRows];  // in registers, which the rows' pointers in memory would not be
+    GLANCE_UNROLL
+    for (int m = 0; m < kRows; ++m) row[m] = tile.rows[m] + tile.runs[r];
+    for (int64_t k = 0; k < tile.run_length; ++k, b += kVectors * 8) {
       __m256 column[kVectors];
       GLANCE_UNROLL
       for (int v = 0; v < kVectors; ++v) column[v] = _mm256_loadu_ps(b + v * 8);
       GLANCE_UNROLL
       for (int m = 0; m < kRows; ++m) {
-        const __m256 a = _mm256_broadcast_ss(tile.rows[m] + k);
+        const __m256 a = _mm256_broadcast_ss(row[m] + k);
         GLANCE_UNROLL
         for (int v = 0; v < kVectors; ++v) sum[m][v] = _mm256_fmadd_ps(a, column[v], sum[m][v]);
       }
@@ -200,10 +193,14 @@ void avx2(const MicroTile<float, float, float>& tile) {
       const __m256 value = _mm256_fmadd_ps(sum[m][v], ratio, _mm256_loadu_ps(tile.bias + v * 8));
       const __m256 below = scale ? _mm256_mul_ps(value, slope) : zero;
       const __m256 negative = _mm256_cmp_ps(value, zero, _CMP_LT_OQ);
+      const __m256 result = _mm256_blendv_ps(value, below, negative);
+      if (tile.width >= v * 8 + 8) {  // masked stores are slow on some processors
+        _mm256_storeu_ps(tile.out[m] + v * 8, result);
+        continue;
+      }
       const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
       const __m256i left = _mm256_set1_epi32(static_cast<int>(tile.width - v * 8));
-      _mm256_maskstore_ps(tile.out[m] + v * 8, _mm256_cmpgt_epi32(left, lane),
-                          _mm256_blendv_ps(value, below, negative));
+      _mm256_maskstore_ps(tile.out[m] + v * 8, _mm256_cmpgt_epi32(left, lane), result);
     }
   }
 }

@@ -2,17 +2,10 @@
 
 #include <utility>
 
-#if (defined(__x86_64__) || defined(_M_X64)) && (defined(__GNUC__) || defined(__clang__))
-#define GLANCE_X86 1
-#include <immintrin.h>
-#endif
+#include "common/simd_target.h"
 
-#if defined(__clang__)
-#define GLANCE_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define GLANCE_UNROLL _Pragma("GCC unroll 32")
-#else
-#define GLANCE_UNROLL
+#ifdef GLANCE_X86
+#include <immintrin.h>
 #endif
 
 namespace glance {
@@ -34,7 +27,8 @@ void plain(const OuterTile& tile) {
 
 #ifdef GLANCE_X86
 template <int kRows, int kVectors>
-__attribute__((target("avx512f"))) void avx512(const OuterTile& tile) {
+GLANCE_TARGET("avx512f")
+void avx512(const OuterTile& tile) {
   __m512 sum[kRows][kVectors];
   GLANCE_UNROLL
   for (int m = 0; m < kRows; ++m) {

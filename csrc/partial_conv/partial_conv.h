@@ -20,7 +20,7 @@
 //
 // Two paths do the same work. On the library's path the plain convolution is the library's, and the
 // kernels here are what is around it: masked copy before, ratio beside, rescaling after, and the
-// rescaling's gradient. On the fused path (CPU) one kernel reads the input tile by tile into cache,
+// rescaling's gradient. On the fused path one kernel reads the input tile by tile into cache,
 // masked on the way, multiplies, and writes the result with ratio, bias and activation applied, so
 // that nothing of an image's size is held but input and output, and empty windows cost nothing.
 #pragma once
@@ -51,6 +51,7 @@ struct PartialConvParams {
   int64_t mask_batch = 1;     // 1 or N
   int64_t mask_channels = 1;  // 1 or C
   double negative_slope = 1;  // not negative
+  bool tf32 = false;  // CUDA may multiply float32 as TF32, which keeps 10 bits of the fraction
 
   const uint8_t* mask = nullptr;  // (mask_batch, mask_channels, H, W), contiguous, 0 or 1
   const void* input = nullptr;    // (N, C, H, W)
@@ -62,7 +63,7 @@ struct PartialConvParams {
   const void* plain = nullptr;  // (N, K, Ho, Wo): the plain convolution; may be `output` itself
   void* output = nullptr;       // (N, K, Ho, Wo)
   uint8_t* valid = nullptr;     // (mask_batch, ratio_groups(), Ho, Wo): 0 or 1; or null
-  void* packed = nullptr;       // fused path: SweepSizes::packed_bytes of workspace
+  void* packed = nullptr;  // fused path: SweepSizes::packed_bytes, or on CUDA fused_cuda_bytes()
 
   GLANCE_HOST_DEVICE int64_t ratio_groups() const { return mask_channels == 1 ? 1 : groups; }
   GLANCE_HOST_DEVICE int64_t window_size() const {
@@ -93,8 +94,9 @@ void rescale_backward_cpu(const PartialConvBackwardParams& params, int64_t begin
 // The valid pixels of the next mask alone, for a batch of no images; rows as of window_ratio_cpu.
 void window_valid_cpu(const PartialConvParams& params, int64_t begin, int64_t end);
 
-// The fused path. Whether it is there for these arguments on this processor, and the faster one
-// (docs/ops.md has the measurements that the rule comes from).
+// The fused path: whether it is there for these arguments, and whether it is the faster one on this
+// processor (docs/ops.md has the measurements that the rule comes from).
+bool has_fused(const PartialConvParams& params);
 bool prefers_fused(const PartialConvParams& params);
 
 // The two products that slide a window over a map: the output, and the gradient of the input. They
@@ -125,5 +127,13 @@ int mask_input_cuda(const PartialConvParams& params, void* stream);
 int window_ratio_cuda(const PartialConvParams& params, void* stream);
 int rescale_cuda(const PartialConvParams& params, void* stream);
 int rescale_backward_cuda(const PartialConvBackwardParams& params, void* stream);
+
+// The fused path on CUDA, of channels_last tensors: the output with its valid pixels from `input`,
+// or the gradient of the input from `grad_conv` (fused_tile.h). Bytes of workspace, aligned to 16;
+// -1 where the device, the layout or the sizes are none that it serves. And whether it is expected
+// to be faster than the library's path where it serves.
+int64_t fused_cuda_bytes(const PartialConvBackwardParams& params, Sweep sweep);
+bool prefers_fused_cuda(const PartialConvBackwardParams& params, Sweep sweep);
+int fused_conv_cuda(const PartialConvBackwardParams& params, Sweep sweep, void* stream);
 
 }  // namespace glance

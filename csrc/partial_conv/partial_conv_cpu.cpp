@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstdlib>
 
 #include "hole_windows/micro_kernel.h"
 #include "partial_conv/partial_conv.h"
@@ -182,10 +181,10 @@ void rescale_backward_cpu(const PartialConvBackwardParams& params, int64_t begin
   });
 }
 
+bool has_fused(const PartialConvParams& p) { return p.dtype != ScalarType::kFloat64; }
+
 bool prefers_fused(const PartialConvParams& p) {
-  if (p.dtype == ScalarType::kFloat64) return false;
-  if (getenv("GL_PATH")) return getenv("GL_PATH")[0] == 'f';
-  if (best_instruction_set() == InstructionSet::kPlain) return false;
+  if (!has_fused(p) || best_instruction_set() == InstructionSet::kPlain) return false;
   return p.out_channels / p.groups >= 8 || p.groups == 1;
 }
 

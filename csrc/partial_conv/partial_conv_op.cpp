@@ -1,8 +1,10 @@
 // Tensors -> PartialConvParams -> kernels, for glance_ext::partial_conv2d and its backward.
+#include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
 #include <tuple>
 
 #include "common/tensor_check.h"
@@ -109,10 +111,12 @@ PartialConvCall checked_call(const at::Tensor& input, const at::Tensor& mask,
   GLANCE_CHECK_VALUE(negative_slope >= 0, kOp, "negative_slope not to be negative, got ",
                      negative_slope);
   p.negative_slope = negative_slope;
+  p.tf32 = at::globalContext().allowTF32CuDNN(at::Float32Op::CONV);  // as for torch's own
   call.mask = unified_mask(mask, input);
   p.mask_batch = call.mask.size(0);
   p.mask_channels = call.mask.size(1);
   p.mask = static_cast<const uint8_t*>(call.mask.const_data_ptr());
+  call.all_valid = call.mask.is_cpu() && std::memchr(p.mask, 0, call.mask.numel()) == nullptr;
   call.input = input.contiguous(memory_format(input));
   call.weight = weight.contiguous(memory_format(weight));
   p.weight = call.weight.const_data_ptr();
@@ -130,10 +134,6 @@ at::Tensor next_mask(const PartialConvParams& p, at::Tensor valid, at::ScalarTyp
   return valid.to(dtype);
 }
 
-bool takes_fused(const PartialConvCall& call) {
-  return call.input.is_cpu() && prefers_fused(call.params);
-}
-
 std::tuple<at::Tensor, at::Tensor> partial_conv2d(const at::Tensor& input, const at::Tensor& mask,
                                                   const at::Tensor& weight,
                                                   const std::optional<at::Tensor>& bias,
@@ -143,7 +143,8 @@ std::tuple<at::Tensor, at::Tensor> partial_conv2d(const at::Tensor& input, const
   const DeviceGuard guard(input);
   PartialConvCall call =
       checked_call(input, mask, weight, bias, stride, padding, dilation, groups, negative_slope);
-  auto [output, valid] = takes_fused(call) ? forward_fused(call) : forward_library(call);
+  auto [output, valid] =
+      takes_fused(call, Sweep::kForward) ? forward_fused(call) : forward_library(call);
   return {output, next_mask(call.params, valid, mask.scalar_type())};
 }
 
@@ -169,8 +170,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> partial_conv2d_backward(
   GLANCE_CHECK_VALUE(output.has_value() || negative_slope == 1, kBackward,
                      "the output for a negative_slope of ", negative_slope, ", got none");
   if (negative_slope != 1) call.result = like_output("output", *output);
-  return takes_fused(call) ? backward_fused(call, grad, output_mask)
-                           : backward_library(call, grad, output_mask);
+  return takes_fused(call, Sweep::kGradInput) ? backward_fused(call, grad, output_mask)
+                                              : backward_library(call, grad, output_mask);
 }
 
 // Autocast: feature tensors in the low precision, as conv2d; the mask keeps its dtype outside.

@@ -12,15 +12,6 @@
 
 namespace glance {
 
-template <typename To, typename From>
-inline To convert(From value) {
-  if constexpr (std::is_same_v<To, From>) {
-    return value;
-  } else {
-    return narrow<To>(widen(value));
-  }
-}
-
 // Pixels [x, x + count) of row y of an image; `channels` of them from `first` on.
 struct PixelRow {
   int64_t image, y, x, count, first, channels;

@@ -233,7 +233,7 @@ GLANCE_INLINE void transpose_body(const A* from, int64_t pitch, int64_t rows, in
   }
 
 GLANCE_PASSES(PlainPasses, );
-#ifdef GLANCE_X86_TARGETS
+#ifdef GLANCE_X86
 GLANCE_PASSES(Avx2Passes, GLANCE_TARGET_AVX2);
 GLANCE_PASSES(Avx512Passes, GLANCE_TARGET_AVX512);
 #endif
@@ -242,7 +242,7 @@ GLANCE_PASSES(Avx512Passes, GLANCE_TARGET_AVX512);
 
 template <typename A>
 const GridPasses<A>& grid_passes() {
-#ifdef GLANCE_X86_TARGETS
+#ifdef GLANCE_X86
   switch (best_simd_target()) {
     case SimdTarget::kAvx512:
       return Avx512Passes<A>::kAll;

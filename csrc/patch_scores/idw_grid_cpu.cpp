@@ -22,14 +22,6 @@ struct Vector {
 #endif
 };
 
-#if defined(__clang__)
-#define GLANCE_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
-#define GLANCE_UNROLL _Pragma("GCC unroll 16")
-#else
-#define GLANCE_UNROLL
-#endif
-
 template <typename A>
 const A* table_row(const PatchGridParams& p, int64_t y, int64_t i) {
   return static_cast<const A*>(p.table) +
@@ -149,14 +141,14 @@ struct IdwKernels {
   }
 
 GLANCE_IDW_KERNELS(PlainIdw, , 16);
-#ifdef GLANCE_X86_TARGETS
+#ifdef GLANCE_X86
 GLANCE_IDW_KERNELS(Avx2Idw, GLANCE_TARGET_AVX2, 32);
 GLANCE_IDW_KERNELS(Avx512Idw, GLANCE_TARGET_AVX512, 64);
 #endif
 
 template <typename A>
 const IdwKernels<A>& idw_kernels() {
-#ifdef GLANCE_X86_TARGETS
+#ifdef GLANCE_X86
   switch (best_simd_target()) {
     case SimdTarget::kAvx512:
       return Avx512Idw<A>::kAll;

@@ -114,8 +114,13 @@ def windows_of(image: Tensor) -> Tensor:
 
 
 def maps_of(scores: HeadScores, origins: Tensor) -> Tensor:
-    """The anomaly maps of patch scores on a grid."""
-    return aggregate_patch_scores(paper_score(scores), PATCH_SIZE, IMAGE_SIZE, origins=origins)
+    """The anomaly maps of the heads' scores on a grid."""
+    return aggregate(paper_score(scores), origins)
+
+
+def aggregate(scores: Tensor, origins: Tensor) -> Tensor:
+    """The maps ``(N, 256, 256)`` of patch scores ``(N, P)`` on a grid."""
+    return aggregate_patch_scores(scores, PATCH_SIZE, IMAGE_SIZE, origins=origins)
 
 
 def reference_alone(model: Glance, images: Tensor, starts: Sequence[int]) -> Callable[[], Tensor]:
@@ -299,14 +304,11 @@ class _Inputs:
             "reference": lambda: plain.fold_means(
                 self.scores.unflatten(1, (side, side)), self.starts
             ),
-            "ours": lambda: self._aggregate(self.scores),
+            "ours": lambda: aggregate(self.scores, self.origins),
         }
 
     def _maps(self, scores: HeadScores) -> Tensor:
-        return self._aggregate(paper_score(scores))
-
-    def _aggregate(self, scores: Tensor) -> Tensor:
-        return aggregate_patch_scores(scores, PATCH_SIZE, IMAGE_SIZE, origins=self.origins)
+        return maps_of(scores, self.origins)
 
     # What each stage should give, and of which part of its results that is known.
 

@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glance_ext import _library
 from glance_ext.bench.cases import Case, Outputs, Variant
 from glance_ext.bench.limits import Work
 from glance_ext.ops import partial_conv2d, reference
+from glance_ext.testing import partial_conv_path
 
 # Rows of windows at a time through the float64 reference, which writes out every window.
 _WINDOW_BYTES = 256 * 2**20
@@ -22,8 +24,9 @@ _WINDOW_BYTES = 256 * 2**20
 class Shape:
     """One layer on one input; the mask has a square hole of side ``hole`` in every image.
 
-    ``where`` says in whose network it stands and is the first part of the case's name; shapes of
-    networks are also timed under ``torch.compile``, and not as the slow reference.
+    ``where`` says in whose network it stands and is the first part of the case's name. Shapes of
+    networks are not timed as the slow reference, but by each of our two paths and under
+    ``torch.compile``.
     """
 
     batch: int
@@ -35,6 +38,7 @@ class Shape:
     padding: int = 0
     hole: int = 0
     channels_last: bool = False
+    groups: int = 1
     input_grad: bool = True  # False for a first layer, whose input is the image
     where: str = ""
 
@@ -42,6 +46,7 @@ class Shape:
     def name(self) -> str:
         """As in the results' case names."""
         layout = "_nhwc" if self.channels_last else ""
+        layout += f"_g{self.groups}" if self.groups > 1 else ""
         return (
             f"{self.channels}-{self.out_channels}_k{self.kernel}s{self.stride}p{self.padding}_"
             f"{self.side}x{self.side}_n{self.batch}{layout}"
@@ -97,6 +102,7 @@ def nvidia_layer(
     ones: Tensor,
     stride: int,
     padding: int,
+    groups: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """What NVIDIA's ``PartialConv2d`` computes for a new mask, in plain PyTorch of our own.
 
@@ -107,11 +113,12 @@ def nvidia_layer(
     Args:
         input: ``(N, C, H, W)``.
         mask: ``(N, 1, H, W)`` of the input's dtype.
-        weight: ``(K, C, kh, kw)``.
+        weight: ``(K, C / groups, kh, kw)``.
         bias: ``(K,)``.
         ones: ``(1, 1, kh, kw)`` of ones, a buffer of the layer.
         stride: In pixels.
         padding: In pixels.
+        groups: Of the convolution.
 
     Returns:
         Output ``(N, K, Ho, Wo)`` and the next mask ``(N, 1, Ho, Wo)``.
@@ -120,7 +127,7 @@ def nvidia_layer(
         count = F.conv2d(mask, ones, stride=stride, padding=padding)
         valid = count.clamp(0, 1)
         ratio = ones.numel() / count.clamp_min(1) * valid
-    raw = F.conv2d(input * mask, weight, bias, stride, padding)
+    raw = F.conv2d(input * mask, weight, bias, stride, padding, groups=groups)
     shift = bias.view(1, -1, 1, 1)
     return ((raw - shift) * ratio + shift) * valid, valid
 
@@ -139,9 +146,10 @@ class _Inputs:
             return values.to(memory_format=layout) if len(size) == 4 else values
 
         out_side = (s.side + 2 * s.padding - s.kernel) // s.stride + 1
-        taps = s.channels * s.kernel**2
+        channels = s.channels // s.groups
+        taps = channels * s.kernel**2
         self.input = draw(s.batch, s.channels, s.side, s.side).requires_grad_(s.input_grad)
-        weight = draw(s.out_channels, s.channels, s.kernel, s.kernel, scale=taps**-0.5)
+        weight = draw(s.out_channels, channels, s.kernel, s.kernel, scale=taps**-0.5)
         self.weight = weight.requires_grad_()
         self.bias = draw(s.out_channels).requires_grad_()
         self.grad_output = draw(s.batch, s.out_channels, out_side, out_side)
@@ -168,6 +176,12 @@ class _Inputs:
             )
             for name, layer in layers.items()
         }
+        if self.shape.where and _library.is_loaded():  # what the rule between them comes from
+            for path in ("fused", "library"):
+                variants[f"ours-{path}"] = Variant(
+                    partial(self._run_on_path, path, backward),
+                    partial(self._expected, False, backward),
+                )
         return Case(
             f"{self.shape.where or 'partial_conv2d'}/{direction}/{self.shape.name}",
             {
@@ -176,6 +190,7 @@ class _Inputs:
                 "mask": list(self.mask.shape),
                 "stride": self.shape.stride,
                 "padding": self.shape.padding,
+                "groups": self.shape.groups,
                 "hole": self.shape.hole,
                 "layout": "channels_last" if self.shape.channels_last else "contiguous",
                 "gradients": [name for name, _ in self._leaves()] if backward else [],
@@ -184,6 +199,7 @@ class _Inputs:
             variants,
             terms=self.grad_output[:, 0].numel() if backward else self.weight[0].numel(),
             yardstick="conv2d",
+            seconds=0.25 if self.shape.where else 0.5,
         )
 
     def _leaves(self) -> list[tuple[str, Tensor]]:
@@ -202,20 +218,28 @@ class _Inputs:
             f"grad_{name}": grad for (name, _), grad in zip(leaves, grads, strict=True)
         }
 
+    def _run_on_path(self, path: str, backward: bool) -> Outputs:
+        with partial_conv_path(path):
+            return self._run(self._ours, backward)
+
     def _reference(self) -> tuple[Tensor, Tensor]:
-        stride, padding = [self.shape.stride] * 2, [self.shape.padding] * 2
+        s = self.shape
+        stride, padding = [s.stride] * 2, [s.padding] * 2
         return reference.partial_conv2d(
-            self.input, self.mask, self.weight, self.bias, stride, padding, [1, 1], 1
+            self.input, self.mask, self.weight, self.bias, stride, padding, [1, 1], s.groups
         )
 
     def _ours(self) -> tuple[Tensor, Tensor]:
+        s = self.shape
         return partial_conv2d(
-            self.input, self.mask, self.weight, self.bias, self.shape.stride, self.shape.padding
+            self.input, self.mask, self.weight, self.bias, s.stride, s.padding, groups=s.groups
         )
 
     def _conv2d(self) -> tuple[Tensor, None]:
         s = self.shape
-        return F.conv2d(self.input, self.weight, self.bias, s.stride, s.padding), None
+        return F.conv2d(
+            self.input, self.weight, self.bias, s.stride, s.padding, groups=s.groups
+        ), None
 
     @cached_property
     def _compiled(self) -> Callable[..., tuple[Tensor, Tensor]]:
@@ -236,6 +260,7 @@ class _Inputs:
             self.ones,
             self.shape.stride,
             self.shape.padding,
+            self.shape.groups,
         )
 
     def _expected(self, plain: bool, backward: bool) -> Outputs:
@@ -255,7 +280,7 @@ class _Inputs:
     def _in_float64(self, *, plain: bool) -> Outputs:
         """The specification's results and gradients, a band of an image at a time."""
         s = self.shape
-        taps = s.channels * s.kernel**2
+        taps = self.weight[0].numel()
         out_side = self.grad_output.shape[2]
         rows = max(1, _WINDOW_BYTES // (8 * taps * out_side))
         images = max(1, rows // out_side)
@@ -280,10 +305,17 @@ class _Inputs:
                 band = slice(top * s.stride, (bottom - 1) * s.stride + s.kernel)
                 x = image[:, :, band].requires_grad_()
                 if plain:
-                    output = F.conv2d(x, weight, bias, s.stride)
+                    output = F.conv2d(x, weight, bias, s.stride, groups=s.groups)
                 else:
                     output, mask_out = reference.partial_conv2d(
-                        x, mask[:, :, band], weight, bias, [s.stride] * 2, [0, 0], [1, 1], 1
+                        x,
+                        mask[:, :, band],
+                        weight,
+                        bias,
+                        [s.stride] * 2,
+                        [0, 0],
+                        [1, 1],
+                        s.groups,
                     )
                     expected["mask_out"][part, :, top:bottom] = mask_out.double()
                 expected["output"][part, :, top:bottom] = output.detach()
@@ -305,7 +337,7 @@ class _Inputs:
         item = self.input.element_size()
         ones = torch.ones(1, 1, s.kernel, s.kernel, device=self.mask.device)
         windows = F.conv2d(self.mask.float(), ones, stride=s.stride, padding=s.padding)
-        product = 2.0 * float(windows.double().sum()) * s.channels * s.out_channels
+        product = 2.0 * float(windows.double().sum()) * s.channels * s.out_channels / s.groups
         valid = int(self.mask.sum()) * s.channels * item
         output = self.grad_output.numel() * item
         parameters = (self.weight.numel() + self.bias.numel()) * item

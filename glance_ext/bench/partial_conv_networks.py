@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
@@ -74,13 +75,26 @@ GLOBAL_NET = tuple(
     )
     for last in (False, True)
 )
-SHAPES = inpainting_unet(256) + inpainting_unet(512) + GLOBAL_NET + RESNET50
+# Groups of few channels, as in MobileNet (one each) and ResNeXt, with a hole of a quarter.
+GROUPED = tuple(
+    Shape(4, c, side, c, 3, 1, 1, side // 2, groups=groups, where="grouped")
+    for c, side, groups in ((32, 112, 32), (192, 28, 192), (128, 56, 32), (256, 28, 8))
+)
+SHAPES = inpainting_unet(256) + inpainting_unet(512) + GLOBAL_NET + RESNET50 + GROUPED
 QUICK_SHAPES = (
     Shape(1, 3, 24, 8, 7, 2, 3, 12, input_grad=False, where="unet24"),
     Shape(2, 4, 9, 6, 3, 1, 1, where="resnet-padding"),
+    Shape(2, 4, 9, 4, 3, 1, 1, 4, groups=2, where="grouped"),
 )
 
 
 def cases(dtype: torch.dtype, device: torch.device, seed: int, quick: bool) -> Iterator[Case]:
-    """Forward, and forward + backward, of every layer."""
-    yield from partial_conv.cases(dtype, device, seed, quick, QUICK_SHAPES if quick else SHAPES)
+    """Forward, and forward + backward, of every layer.
+
+    On CUDA, whose fused kernel is for channels_last, every layer stands there in both layouts.
+    """
+    shapes = QUICK_SHAPES if quick else SHAPES
+    if device.type == "cuda":
+        both = (replace(shape, channels_last=last) for shape in shapes for last in (False, True))
+        shapes = tuple(dict.fromkeys(both))
+    yield from partial_conv.cases(dtype, device, seed, quick, shapes)

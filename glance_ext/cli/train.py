@@ -78,6 +78,23 @@ def training_options(command: Any) -> Any:
             "becomes the inconsistency score; the paper's is plain.",
         ),
         click.option(
+            "--whiten-over",
+            type=click.Choice(["patch", "image"]),
+            help="Whiten each patch's difference, or the mean difference of an image's patches, "
+            "where an anomaly is the whole image.",
+        ),
+        click.option(
+            "--distortion",
+            type=click.Choice(["stain", "turn"]),
+            help="What the distortion head learns to tell from good patches: stains, as in the "
+            "paper, or patches turned by quarters, where an anomaly is the whole image.",
+        ),
+        click.option(
+            "--head-steps",
+            type=click.IntRange(0),
+            help="Further steps of the distortion head alone, with both networks frozen.",
+        ),
+        click.option(
             "--image-score",
             type=click.Choice(["max", "contrast", "mean"]),
             help="An image's score: the greatest value of its map, that above the map's median, or "
@@ -90,9 +107,8 @@ def training_options(command: Any) -> Any:
         ),
         click.option(
             "--patch-scale",
-            type=click.Choice(["1", "2", "4"]),
-            callback=lambda context, option, value: value and int(value),
-            help="Patches of 33, 66 or 132 pixels of the 256x256 image, which Local-Net sees "
+            type=click.IntRange(1, 7),
+            help="Patches of so many times 33 pixels of the 256x256 image, which Local-Net sees "
             "shrunk to 33x33; positions and grid count shrunk pixels.",
         ),
         click.option(

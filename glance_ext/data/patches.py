@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -77,6 +77,9 @@ class Enlarged:
 
     def __len__(self) -> int:
         return len(self.small)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: int | slice | Tensor) -> Tensor:
         """As of a tensor ``(N, 3, H, W)`` float32, RGB in [0, 1]."""

@@ -1,4 +1,4 @@
-"""Random small stains: the distortion head's negatives (paper, section 3.4)."""
+"""Distorted patches: the distortion head's negatives (paper, section 3.4)."""
 
 from __future__ import annotations
 
@@ -83,3 +83,24 @@ def stain(
     )
     change = torch.where(((brightness + change) - 0.5).abs() > 0.5, -change, change)
     return (patches + alpha.to(patches) * change).clamp(0, 1)
+
+
+def turn(patches: Tensor, generator: torch.Generator) -> Tensor:
+    """Turns each patch by one, two or three quarters of a circle. Not in the paper.
+
+    Where the anomaly is the whole image, a stain teaches nothing about it. To tell a patch from the
+    same patch turned takes knowing what the normal class looks like.
+
+    Args:
+        patches: ``(B, 3, h, h)``.
+        generator: A CPU generator.
+
+    Returns:
+        Turned patches of the same shape.
+    """
+    quarters = torch.randint(1, 4, (len(patches), 1, 1, 1), generator=generator)
+    quarters = quarters.to(patches.device)
+    turned = patches
+    for count in (1, 2, 3):
+        turned = torch.where(quarters == count, patches.rot90(count, (2, 3)), turned)
+    return turned

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glance_ext.data.grid import PatchGrid, patch_grid
@@ -19,7 +20,7 @@ from glance_ext.engine.calibration import Calibration, HeadScale, head_scale, im
 from glance_ext.engine.checkpoint import load_checkpoint, load_module, prefixed, save_checkpoint
 from glance_ext.engine.graph import GraphedFunction
 from glance_ext.engine.precision import network_dtype, networks_in, rounding
-from glance_ext.engine.settings import PATCH_SCALES
+from glance_ext.engine.settings import PATCH_SCALES, WHITEN_OVER
 from glance_ext.engine.tiles import Canvas, in_batches, tiled_size, windows_of
 from glance_ext.errors import CheckpointError, GlanceError
 from glance_ext.models.glance import IMAGE_SIZE, PATCH_SIZE, Glance, HeadScores
@@ -135,21 +136,26 @@ class Detector:
             if patch_scale not in PATCH_SCALES:
                 raise ValueError(f"patch_scale {patch_scale}")
             whiten = bool(metadata.get("whiten", False))
+            whiten_over = str(metadata.get("whiten_over", "patch"))
+            if whiten_over not in WHITEN_OVER:
+                raise ValueError(f"whiten_over {whiten_over}")
             calibration = Calibration.from_json(metadata["calibration"])
             settings = dict(metadata["settings"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: the model's metadata is incomplete: {error}") from error
-        model = Glance(local_net, patch_scale=patch_scale, whiten=whiten)
+        model = Glance(local_net, patch_scale=patch_scale, whiten=whiten, whiten_over=whiten_over)
         load_module(model, tensors, "model", file)
         return cls(model, calibration, settings, **options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes model, calibration and settings to one file."""
+        scale = self.model.residual_scale
         metadata = {
             "kernel_size": self.model.local_net.kernel_size,
             "features": self.model.local_net.features,
             "patch_scale": self.model.patch_scale,
-            "whiten": self.model.residual_scale is not None,
+            "whiten": scale is not None,
+            "whiten_over": "patch" if scale is None else scale.over,
             "calibration": self.calibration.to_json(),
             "settings": self.settings,
         }
@@ -271,7 +277,7 @@ class Detector:
 
     def aggregate(self, scores: Tensor) -> Tensor:
         """Scores ``(N, P)`` of the grid's patches as maps ``(N, 256, 256)``."""
-        side = self.model.view_size
+        side, scale = self.model.view_size, self.model.patch_scale
         maps = aggregate_patch_scores(
             scores,
             PATCH_SIZE,
@@ -279,7 +285,11 @@ class Detector:
             origins=self.grid.origins,
             mode=self.calibration.aggregation,
         )
-        return maps if (side, side) == IMAGE_SIZE else resize_planes(maps, IMAGE_SIZE)
+        if scale == 1:
+            return maps
+        maps = resize_planes(maps, (side * scale, side * scale))
+        rest = IMAGE_SIZE[0] - side * scale  # what the shrinking leaves over has no patch
+        return F.pad(maps[:, None], (0, rest, 0, rest), mode="replicate")[:, 0] if rest else maps
 
 
 def _check_image(image: np.ndarray) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glance_ext.data.grid import PatchGrid, patch_grid
 from glance_ext.data.patches import Enlarged, crop_from, sample_positions
-from glance_ext.data.stains import STAINS, stain
+from glance_ext.data.stains import STAINS, stain, turn
 from glance_ext.engine.distributed import World
 from glance_ext.engine.loop import Stage
 from glance_ext.engine.settings import TrainSettings
@@ -102,6 +102,13 @@ def images_a_step(count: int, holes_per_image: int) -> int:
     return -(-count // holes_per_image)
 
 
+def distorted(patches: Tensor, settings: TrainSettings, generator: torch.Generator) -> Tensor:
+    """Patches as the distortion head's negatives, by ``distortion`` and ``stains``."""
+    if settings.distortion == "turn":
+        return turn(patches, generator)
+    return stain(patches, generator, STAINS[settings.stains])
+
+
 class _LocalFeatures:
     """The frozen Local-Net: of clean patches, kept where that is cheaper, and of stained ones."""
 
@@ -182,8 +189,8 @@ def joint_stage(
     """Stage 3: ``l_IAD + lambda_t * l_DAD``.
 
     A step's patches come from few images, each with ``holes_per_image`` patches, whose Global-Net
-    features share one pass. The distortion head sees each patch as it is and with a stain; the
-    inconsistency loss never sees a stained patch.
+    features share one pass. The distortion head sees each patch as it is and distorted, with a
+    stain if not otherwise set; the inconsistency loss never sees a distorted patch.
 
     Args:
         model: Trained in place.
@@ -224,7 +231,6 @@ def joint_stage(
     local_features = _LocalFeatures(model, images, grid, draws, dtype, device)
 
     side = model.view_size
-    stains = STAINS[settings.stains]
 
     def step(generator: torch.Generator) -> dict[str, Tensor]:
         draw = draw_patches(
@@ -234,7 +240,7 @@ def joint_stage(
         rows = torch.arange(len(drawn)).repeat_interleave(draw.origins.shape[1])[: draw.count]
         view = drawn if side == IMAGE_SIZE[0] else model.local_view(drawn.to(_wide(dtype)))
         patches = crop_from(view, rows, draw.flat_origins, PATCH_SIZE).to(_wide(dtype))
-        stained = stain(patches, generator, stains)
+        stained = distorted(patches, settings, generator)
         draw, mine = draw.share(world.rank, world.size)
         patches, stained = patches[mine], stained[mine]
         clean_features, stained_features = local_features(draw, patches, stained)

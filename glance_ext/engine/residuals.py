@@ -18,6 +18,8 @@ def fit_residual_scale(
 ) -> None:
     """Fits the model's ``residual_scale`` to normal images, over all patches of a grid.
 
+    Over images, a window of a larger image counts as one.
+
     Args:
         model: With a ``residual_scale``.
         images: Normal images, each ``(3, h, w)`` of at least 256x256; larger ones in windows.
@@ -35,7 +37,9 @@ def fit_residual_scale(
         canvas = Canvas(image.shape[-2:])
         for window in canvas.windows:
             local, around = model.grid_features(canvas.cut(image, window)[None].to(device), plan)
-            residuals = (local - around).flatten(0, 1).double()
+            residuals = (local - around)[0].double()
+            if model.residual_scale.over == "image":
+                residuals = residuals.mean(0, keepdim=True)
             count += len(residuals)
             total += residuals.sum(0)
             products += residuals.T @ residuals

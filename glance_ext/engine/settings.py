@@ -10,9 +10,11 @@ from glance_ext.data.stains import STAINS
 from glance_ext.errors import GlanceError
 
 PRECISIONS = ("float32", "bfloat16")
-PATCH_SCALES = (1, 2, 4)
+PATCH_SCALES = range(1, 8)
 AGGREGATIONS = ("mean", "gaussian", "max", "idw")
 IMAGE_SCORES = ("max", "contrast", "mean")
+DISTORTIONS = ("stain", "turn")
+WHITEN_OVER = ("patch", "image")
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,25 @@ class TrainSettings:
             stains, as the paper has them, or ``"wide"``, of any size and fainter too; see
             :data:`~glance_ext.data.stains.STAINS`.
         lambda_t: Weight of the distortion loss beside the inconsistency loss.
+        distortion: What the distortion head learns to tell from normal patches: the paper's
+            ``"stain"``, or ``"turn"`` for the patch turned by quarters, where an anomaly is the
+            whole image.
+        head_steps: Further steps of the distortion head alone behind stage 3, with both networks
+            frozen, on up to 1,500 images; the paper's are 0.
         lambda_s: Share of the inconsistency score in a patch's score.
         standardise: Whether each head's score is brought to mean 0 and variance 1 over held-out
             normal patches before mixing; the paper mixes raw scores.
         whiten: Whether ``s_IAD`` is of the difference whitened over normal patches; the paper's is
             of the difference as it is.
+        whiten_over: Whether that is each patch's difference, ``"patch"``, or the mean difference of
+            all patches of an image, ``"image"``.
         image_score: What of its map an image's score is: ``"max"``, ``"contrast"`` for the
             greatest value above the map's median, or ``"mean"``.
         aggregation: How patches become a map; see ``aggregate_patch_scores``.
         grid: Which patches are scored: a stride, or ``"paper"``.
-        patch_scale: How often the image is halved for Local-Net, as a factor, 1, 2 or 4: its patch
-            of 33x33 pixels is then a place of 33, 66 or 132 pixels in the 256x256 that Global-Net
-            sees with a hole there. ``grid`` and ``positions`` count Local-Net's pixels. The
+        patch_scale: By how much the image is shrunk for Local-Net, 1 to 7: its patch of 33x33
+            pixels is then a place of 33 to 231 pixels in the 256x256 that Global-Net sees with a
+            hole there. ``grid`` and ``positions`` count Local-Net's pixels. The
             paper's is 1.
         tile: Whether to train and calibrate at the images' own resolution, in windows of 256x256,
             instead of resizing every image to that size.
@@ -70,9 +79,12 @@ class TrainSettings:
     head_learning_rate: float = 1e-3
     stains: str = "wide"
     lambda_t: float = 0.01
+    distortion: str = "stain"
+    head_steps: int = 0
     lambda_s: float = 0.25
     standardise: bool = True
     whiten: bool = True
+    whiten_over: str = "patch"
     image_score: str = "max"
     aggregation: str = "gaussian"
     grid: str = "4"
@@ -103,7 +115,17 @@ class TrainSettings:
         if self.holes_per_image < 1:
             raise GlanceError(f"holes per image: expected at least 1, got {self.holes_per_image}")
         if self.patch_scale not in PATCH_SCALES:
-            raise GlanceError(f"patch scale: expected 1, 2 or 4, got {self.patch_scale}")
+            raise GlanceError(f"patch scale: expected 1 to 7, got {self.patch_scale}")
+        if self.distortion not in DISTORTIONS:
+            raise GlanceError(
+                f"distortion: expected one of {', '.join(DISTORTIONS)}, got {self.distortion!r}"
+            )
+        if self.head_steps < 0:
+            raise GlanceError(f"head steps: expected at least 0, got {self.head_steps}")
+        if self.whiten_over not in WHITEN_OVER:
+            raise GlanceError(
+                f"whiten over: expected one of {', '.join(WHITEN_OVER)}, got {self.whiten_over!r}"
+            )
         if self.precision not in PRECISIONS:
             raise GlanceError(
                 f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}"

@@ -23,6 +23,7 @@ from glance_ext.engine.distill import (
     packaged_local_net,
 )
 from glance_ext.engine.distributed import World
+from glance_ext.engine.head import head_stage
 from glance_ext.engine.joint import joint_stage
 from glance_ext.engine.loop import History, Trainer
 from glance_ext.engine.residuals import fit_residual_scale
@@ -50,7 +51,7 @@ class NormalImages:
 
     images: Tensor | Enlarged
     count: int
-    held_out: Sequence[Tensor | Path]
+    held_out: Sequence[Tensor | Path] | Enlarged
     fingerprint: str
 
 
@@ -169,7 +170,10 @@ def train_loaded(
     distilled = load_local_net(local_net or packaged_local_net())
     torch.manual_seed(settings.seed)
     model = Glance(
-        distilled.local_net, patch_scale=settings.patch_scale, whiten=settings.whiten
+        distilled.local_net,
+        patch_scale=settings.patch_scale,
+        whiten=settings.whiten,
+        whiten_over=settings.whiten_over,
     ).to(device)
     distilled.decoder.to(device)
     trainer = Trainer(
@@ -192,8 +196,11 @@ def train_loaded(
         trainer.restore_modules({"local_net": model.local_net})
     trainer.run(joint_stage(model, images, settings, device, world))
     trainer.restore_modules({"model": model})
+    if settings.head_steps:
+        trainer.run(head_stage(model, images, settings, device))
+        trainer.restore_modules({"model": model})
 
-    def with_progress(some: Sequence[Tensor | Path], what: str) -> Iterator[Tensor]:
+    def with_progress(some: Sequence[Tensor | Path] | Enlarged, what: str) -> Iterator[Tensor]:
         bar = tqdm(
             some,
             desc=what,
@@ -205,8 +212,13 @@ def train_loaded(
 
     if settings.whiten:
         # Not on the held-out images: scores of what the scale was fitted to are lower than those
-        # of images to come, and a threshold from them would flag more than it promises.
-        some = [images[i] for i in _spread(len(images), _WHITENING_IMAGES)]
+        # of images to come, and a threshold from them would flag more than it promises. Over
+        # images, which give one difference each, there would be too few.
+        some = (
+            held_out or [images[0]]
+            if settings.whiten_over == "image"
+            else [images[i] for i in _spread(len(images), _WHITENING_IMAGES)]
+        )
         fit_residual_scale(model, with_progress(some, "whiten"), grid=settings.grid, device=device)
     calibration = calibrate(
         model,

@@ -60,11 +60,12 @@ class Glance(nn.Module):
         local_net: A distilled Local-Net.
         global_net: A Global-Net of as many features.
         distortion_head: The DAD head.
-        patch_scale: By how much the image is shrunk for Local-Net, 1, 2 or 4. Its patch of 33x33
+        patch_scale: By how much the image is shrunk for Local-Net, 1 to 7. Its patch of 33x33
             pixels is then a place of ``33 * patch_scale`` in the image, where Global-Net has its
             hole. Origins count the pixels that Local-Net sees.
         whiten: Whether ``s_IAD`` is of the whitened difference; it is the plain one until
             ``residual_scale`` is fitted.
+        whiten_over: ``"patch"``, or ``"image"`` for the mean difference of an image's patches.
     """
 
     def __init__(
@@ -75,13 +76,14 @@ class Glance(nn.Module):
         patch_scale: int = 1,
         *,
         whiten: bool = False,
+        whiten_over: str = "patch",
     ) -> None:
         super().__init__()
         self.patch_scale = patch_scale
         self.local_net = local_net
         self.global_net = global_net or GlobalNet(local_net.features)
         self.distortion_head = distortion_head or DistortionHead(local_net.features)
-        self.residual_scale = ResidualScale(local_net.features) if whiten else None
+        self.residual_scale = ResidualScale(local_net.features, whiten_over) if whiten else None
 
     @property
     def view_size(self) -> int:
@@ -107,14 +109,21 @@ class Glance(nn.Module):
         Returns:
             Scores ``(B,)``.
         """
+        local_features, global_features = self.patch_features(images, origins)
+        scores = self.compare(local_features[:, None], global_features[:, None])
+        return HeadScores(
+            scores.inconsistency[:, 0], scores.distortion[:, 0], scores.log_odds[:, 0]
+        )
+
+    def patch_features(self, images: Tensor, origins: Tensor) -> tuple[Tensor, Tensor]:
+        """Local and global features, ``(B, n)`` each, of one patch of each image."""
         images = normalise(images)
         local_features = self.local_net(crop_patches(self.local_view(images), origins, PATCH_SIZE))
         masks = hole_masks(origins * self.patch_scale, self.hole_size, IMAGE_SIZE)
-        global_features = self.global_net(images, masks)
-        return self.compare(local_features, global_features)
+        return local_features, self.global_net(images, masks)
 
     def compare(self, local_features: Tensor, global_features: Tensor) -> HeadScores:
-        """Scores from features ``(B, n)`` of both kinds."""
+        """Scores ``(N, P)`` from features ``(N, P, n)`` of both kinds, P patches of each image."""
         log_odds = self.distortion_head(local_features, global_features)
         difference = inconsistency if self.residual_scale is None else self.residual_scale
         return HeadScores(
@@ -173,21 +182,25 @@ class Glance(nn.Module):
         return self.compare(*self.grid_features(images, plan))
 
     @torch.no_grad()
-    def grid_features(self, images: Tensor, plan: GridPlan) -> tuple[Tensor, Tensor]:
+    def grid_features(
+        self, images: Tensor, plan: GridPlan, local_features: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Features of every patch of a grid in every image, sharing what the patches share.
 
         Args:
             images: ``(N, 3, 256, 256)``, RGB in [0, 1].
             plan: From :meth:`plan`.
+            local_features: What an earlier call gave for these images, if it is known.
 
         Returns:
             Local and global features, ``(N, P, n)`` each, in float32 or wider.
         """
         dtype = next(self.local_net.parameters()).dtype
         images = normalise(images)
-        view = self.local_view(images).to(dtype)
+        if local_features is None:
+            view = self.local_view(images).to(dtype)
+            local_features = self.local_net.dense(view, plan.local)
         images = images.to(dtype)
-        local_features = self.local_net.dense(view, plan.local)
         global_features = self.global_net.shared_features(images, plan.holes)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         return local_features.to(wide), global_features.to(wide)
@@ -209,14 +222,13 @@ class Glance(nn.Module):
         """
         if batch_size is None:
             batch_size = 8 if images.device.type == "cpu" else 128
-        parts: list[HeadScores] = []
-        for image in images:
-            for chunk in origins.to(images.device).split(batch_size):
-                parts.append(self(image.expand(len(chunk), -1, -1, -1), chunk))
-        shape = (len(images), len(origins))
-        return HeadScores(
-            *(
-                torch.cat([getattr(part, name) for part in parts]).reshape(shape)
-                for name in ("inconsistency", "distortion", "log_odds")
-            )
+        parts = [
+            self.patch_features(image.expand(len(chunk), -1, -1, -1), chunk)
+            for image in images
+            for chunk in origins.to(images.device).split(batch_size)
+        ]
+        shape = (len(images), len(origins), -1)
+        local_features, global_features = (
+            torch.cat(features).reshape(shape) for features in zip(*parts, strict=True)
         )
+        return self.compare(local_features, global_features)

@@ -27,29 +27,41 @@ class ResidualScale(nn.Module):
     tone. There normal patches disagree too, and in the plain mean square they drown the directions
     in which only defects disagree. Not in the paper.
 
+    Over patches, each is whitened and scored alone. Over images, their mean difference is, since an
+    image of another kind disagrees a little everywhere: too little for any one patch to tell.
+
     Args:
         features: n, the length of each feature.
+        over: ``"patch"`` or ``"image"``.
     """
 
     mean: Tensor
     whitening: Tensor
 
-    def __init__(self, features: int = 128) -> None:
+    def __init__(self, features: int = 128, over: str = "patch") -> None:
         super().__init__()
+        self.over = over
         self.register_buffer("mean", torch.zeros(features))
         self.register_buffer("whitening", torch.eye(features))
 
     def forward(self, local_features: Tensor, global_features: Tensor) -> Tensor:
-        """``s_IAD = (1/n) ||W (Z_l - Z_g - m)||_2^2``, ``(B,)`` from two ``(B, n)``."""
-        residual = local_features - global_features - self.mean
-        return (residual @ self.whitening.T).square().mean(-1)
+        """``s_IAD`` of patches, ``(N, P)`` from two ``(N, P, n)``.
+
+        With ``r_p = W (Z_l - Z_g - m)``, over patches ``(1/n) ||r_p||_2^2``; over images
+        ``(1/n) <r_p, mean r>``, each patch's share: their mean over an image's patches is
+        ``(1/n) ||mean r||_2^2``.
+        """
+        whitened = (local_features - global_features - self.mean) @ self.whitening.T
+        if self.over == "image":
+            return (whitened * whitened.mean(-2, keepdim=True)).mean(-1)
+        return whitened.square().mean(-1)
 
     @torch.no_grad()
     def fit(self, count: int, total: Tensor, products: Tensor, shrinkage: float = 0.01) -> None:
-        """Takes mean and covariance from sums over normal patches.
+        """Takes mean and covariance from sums over normal patches, or images' means over them.
 
         Args:
-            count: How many patches.
+            count: How many.
             total: ``(n,)`` float64, the sum of their residuals.
             products: ``(n, n)`` float64, the sum of the residuals' outer products.
             shrinkage: Share of the mean variance that is added to each, so that directions in which

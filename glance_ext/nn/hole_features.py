@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -209,11 +210,11 @@ class HoleFeatures:
         bases = []
         for layer in self._layers:
             for slope in layer.before:
-                x = F.leaky_relu(x, slope)
+                x = _activated(x, slope)
             bases.append(x)
             x = _run(layer.module, x)
             if isinstance(layer.module, nn.Conv2d):  # nobody else holds its output
-                x = F.leaky_relu_(x, layer.slope) if layer.slope != 1 else x
+                x = _activated(x, layer.slope, inplace=True)
             x = x.contiguous(memory_format=torch.channels_last)
         for slope in self._after:
             x = _activated(x, slope)
@@ -280,10 +281,12 @@ def _slope(module: nn.Module) -> float | None:
     return None
 
 
-def _activated(x: Tensor, slope: float) -> Tensor:
+def _activated(x: Tensor, slope: float, *, inplace: bool = False) -> Tensor:
     if slope == 1:
         return x
-    return F.relu(x) if slope == 0 else F.leaky_relu(x, slope)
+    if slope == 0:  # not LeakyReLU's, which makes NaN of -infinity
+        return F.relu(x, inplace)
+    return F.leaky_relu(x, slope, inplace)
 
 
 def _shape(index: int, module: nn.Module) -> LayerShape:
@@ -385,8 +388,8 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
         result = module(x)  # what is in the padding is missing
         return result[0] if module.return_mask else result
     if isinstance(module, nn.Conv2d):
-        bias = None if module.bias is None else module.bias.to(x.dtype)
-        return module._conv_forward(x, module.weight.to(x.dtype), bias)
+        weight, bias = _parameters(module, x.dtype)
+        return module._conv_forward(x, weight, bias)
     assert isinstance(module, (nn.MaxPool2d, MaskedMaxPool2d))
     kernel, stride, padding, dilation = (
         _pair(value)
@@ -395,22 +398,23 @@ def _run(module: nn.Module, x: Tensor) -> Tensor:
     return F.max_pool2d(x, kernel, stride, padding, dilation, module.ceil_mode)
 
 
+def _parameters(module: nn.Module, dtype: torch.dtype) -> tuple[Any, Tensor | None]:
+    """A convolution's weight and bias; a pooling has neither."""
+    if not isinstance(module, nn.Conv2d):
+        return None, None
+    return module.weight.to(dtype), None if module.bias is None else module.bias.to(dtype)
+
+
 def _hole_layer(layer: _Layer, step: HoleStep, base: Tensor) -> HoleLayer:
     """One layer as ``hole_sequence`` takes it."""
-    module, shape = layer.module, layer.shape
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    if isinstance(module, nn.Conv2d):
-        weight = module.weight.to(base.dtype)
-        bias = None if module.bias is None else module.bias.to(base.dtype)
+    shape = layer.shape
     return HoleLayer(
         base,
         step.extents,
         step.origins,
         step.cells,
         step.ratio,
-        weight,
-        bias,
+        *_parameters(layer.module, base.dtype),
         shape.kernel,
         shape.stride,
         shape.padding,
@@ -421,45 +425,26 @@ def _hole_layer(layer: _Layer, step: HoleStep, base: Tensor) -> HoleLayer:
 
 def _step(layer: _Layer, step: HoleStep, base: Tensor, windows: Tensor | None) -> Tensor:
     """One layer seen through the holes."""
-    module, shape = layer.module, layer.shape
-    if isinstance(module, nn.Conv2d):
-        weight = module.weight.to(base.dtype)
-        bias = None if module.bias is None else module.bias.to(base.dtype)
-        if module.groups == 1:
-            return hole_conv2d(
-                base,
-                windows,
-                step.extents,
-                step.origins,
-                step.cells,
-                step.ratio,
-                weight,
-                bias,
-                shape.stride,
-                shape.padding,
-                shape.dilation,
-                layer.slope,
-            )
-        tiles = _tiles(layer, step, base, windows)
-        x = F.conv2d(
-            tiles.flatten(0, 1), weight, None, shape.stride, 0, shape.dilation, module.groups
-        ).unflatten(0, tiles.shape[:2])
-        scale = step.ratio.unsqueeze(-3).to(base.dtype)
-        x = x * scale
-        if bias is not None:
-            x = x + bias[:, None, None]
-        return torch.where(scale != 0, _activated(x, layer.slope), 0)
-    return hole_max_pool2d(
-        base,
-        windows,
-        step.extents,
-        step.origins,
-        shape.kernel,
-        shape.stride,
-        step.size,
-        shape.padding,
-        shape.dilation,
-    )
+    shape = layer.shape
+    seen = (base, windows, step.extents, step.origins)
+    weight, bias = _parameters(layer.module, base.dtype)
+    if weight is None:
+        return hole_max_pool2d(
+            *seen, shape.kernel, shape.stride, step.size, shape.padding, shape.dilation
+        )
+    groups = _groups(layer.module)
+    if groups == 1:
+        geometry = (shape.stride, shape.padding, shape.dilation)
+        return hole_conv2d(*seen, step.cells, step.ratio, weight, bias, *geometry, layer.slope)
+    tiles = _tiles(layer, step, base, windows)
+    x = F.conv2d(
+        tiles.flatten(0, 1), weight, None, shape.stride, 0, shape.dilation, groups
+    ).unflatten(0, tiles.shape[:2])
+    scale = step.ratio.unsqueeze(-3).to(base.dtype)
+    x = x * scale
+    if bias is not None:
+        x = x + bias[:, None, None]
+    return torch.where(scale != 0, _activated(x, layer.slope), 0)
 
 
 def _tiles(layer: _Layer, step: HoleStep, base: Tensor, windows: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from glance_ext import _library
 from glance_ext.ops import reference
-from glance_ext.ops._checks import check_hole_conv2d, check_hole_max_pool2d, check_hole_sequence
 from glance_ext.ops._vmap import loop_over
+from glance_ext.ops.hole_windows import fake_conv, fake_pool
 
 
 class HoleLayer(NamedTuple):
@@ -82,52 +83,7 @@ def flattened(layers: Sequence[HoleLayer]) -> list[Any]:
     return [*columns, settings, [float(layer.negative_slope) for layer in layers]]
 
 
-def _fake_sequence(
-    bases: list[Tensor],
-    extents: list[Tensor],
-    origins: list[Tensor],
-    cells: list[Tensor],
-    ratios: list[Tensor],
-    weights: list[Tensor | None],
-    biases: list[Tensor | None],
-    settings: list[int],
-    negative_slopes: list[float],
-) -> Tensor:
-    arguments = (bases, extents, origins, cells, ratios, weights, biases)
-    check_hole_sequence(*arguments, settings, negative_slopes)
-    windows: Tensor | None = None
-    for i, (base, extent, origin, cell, ratio, weight, bias) in enumerate(
-        zip(*arguments, strict=True)
-    ):
-        kernel, stride, padding, dilation = (
-            settings[8 * i + j : 8 * i + j + 2] for j in range(0, 8, 2)
-        )
-        size = tuple(ratio.shape[-2:])
-        if weight is None:
-            check_hole_max_pool2d(
-                base, windows, extent, origin, kernel, stride, padding, dilation, size
-            )
-            channels = base.shape[1]
-        else:
-            check_hole_conv2d(
-                base,
-                windows,
-                extent,
-                origin,
-                cell,
-                ratio,
-                weight,
-                bias,
-                stride,
-                padding,
-                dilation,
-                negative_slopes[i],
-            )
-            channels = weight.shape[0]
-        windows = base.new_empty((base.shape[0], extent.shape[-2], *size, channels))
-        windows = windows.permute(0, 1, 4, 2, 3)
-    assert windows is not None
-    return windows
+_fake_sequence = partial(reference.hole_sequence, conv=fake_conv, pool=fake_pool)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

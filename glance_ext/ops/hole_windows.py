@@ -236,7 +236,7 @@ def _fake_scatter(
     )
 
 
-def _fake_pool(
+def fake_pool(
     base: Tensor,
     windows: Tensor | None,
     extents: Tensor,
@@ -247,6 +247,7 @@ def _fake_pool(
     dilation: Sequence[int],
     window_size: Sequence[int],
 ) -> Tensor:
+    """``hole_max_pool2d``'s checks, and an empty result of its size."""
     check_hole_max_pool2d(
         base, windows, extents, origins, kernel_size, stride, padding, dilation, window_size
     )
@@ -268,7 +269,7 @@ def _fake_pool_backward(
     return _fake_scatter(base, windows, output_mask)
 
 
-def _fake_conv(
+def fake_conv(
     base: Tensor,
     windows: Tensor | None,
     extents: Tensor,
@@ -282,6 +283,7 @@ def _fake_conv(
     dilation: Sequence[int],
     negative_slope: float,
 ) -> Tensor:
+    """``hole_conv2d``'s checks, and an empty result of its size."""
     check_hole_conv2d(
         base,
         windows,
@@ -419,7 +421,7 @@ if _library.is_loaded():
         ),
         (
             "hole_max_pool2d",
-            _fake_pool,
+            fake_pool,
             _fake_pool_backward,
             _setup_pool,
             _backward_pool,
@@ -428,7 +430,7 @@ if _library.is_loaded():
         ),
         (
             "hole_conv2d",
-            _fake_conv,
+            fake_conv,
             _fake_conv_backward,
             _setup_conv,
             _backward_conv,

@@ -6,7 +6,7 @@ differentiable by torch's own autograd. Where the compiled library is missing th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -236,44 +236,23 @@ def hole_sequence(
     biases: Sequence[Tensor | None],
     settings: Sequence[int],
     negative_slopes: Sequence[float],
+    *,
+    conv: Callable[..., Tensor] = hole_conv2d,
+    pool: Callable[..., Tensor] = hole_max_pool2d,
 ) -> Tensor:
-    """``hole_sequence``: layer by layer."""
+    """``hole_sequence``: layer by layer, by ``conv`` and ``pool``."""
     arguments = (bases, extents, origins, cells, ratios, weights, biases)
     check_hole_sequence(*arguments, settings, negative_slopes)
     windows: Tensor | None = None
     for i, (base, extent, origin, cell, ratio, weight, bias) in enumerate(
         zip(*arguments, strict=True)
     ):
-        kernel, stride, padding, dilation = (
-            settings[8 * i + j : 8 * i + j + 2] for j in range(0, 8, 2)
-        )
+        kernel, *geometry = (settings[8 * i + j : 8 * i + j + 2] for j in range(0, 8, 2))
+        seen = (base, windows, extent, origin)
         if weight is None:
-            windows = hole_max_pool2d(
-                base,
-                windows,
-                extent,
-                origin,
-                kernel,
-                stride,
-                padding,
-                dilation,
-                tuple(ratio.shape[-2:]),
-            )
+            windows = pool(*seen, kernel, *geometry, tuple(ratio.shape[-2:]))
         else:
-            windows = hole_conv2d(
-                base,
-                windows,
-                extent,
-                origin,
-                cell,
-                ratio,
-                weight,
-                bias,
-                stride,
-                padding,
-                dilation,
-                negative_slopes[i],
-            )
+            windows = conv(*seen, cell, ratio, weight, bias, *geometry, negative_slopes[i])
     assert windows is not None
     return windows
 

@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
+from glance_ext import _library
 from glance_ext.bench import (
     SUITES,
     format_results,
     partial_conv,
+    partial_conv_networks,
     patch_scores,
     result_file_name,
     run_suite,
@@ -18,6 +20,7 @@ from glance_ext.bench.cases import Case, Variant, WrongResultError, check
 from glance_ext.bench.limits import Work
 from glance_ext.errors import GlanceError
 from glance_ext.files import write_json
+from glance_ext.ops import partial_conv2d
 
 CPU = torch.device("cpu")
 
@@ -314,3 +317,31 @@ def test_a_quick_runs_table_names_every_case(quick):
         assert case.split("/", 1)[1] in text
     for heading in ("reference/ours", "nvidia/ours", "ours/conv2d", "ours/limit", "fold/ours"):
         assert heading in text
+
+
+@pytest.mark.skipif(not _library.is_loaded(), reason="the native ops are not built")
+def test_where_both_paths_are_timed_each_is_taken_forward_and_backward(monkeypatch):
+    taken = []
+
+    def note(_=None):
+        path = _library.module.partial_conv_path("rule")
+        _library.module.partial_conv_path(path)
+        taken.append(path)
+
+    def op(*arguments, groups):
+        note()
+        output, mask_out = partial_conv2d(*arguments, groups=groups)
+        if output.requires_grad:
+            output.register_hook(note)
+        return output, mask_out
+
+    monkeypatch.setattr(partial_conv, "partial_conv2d", op)
+    for case, calls in zip(
+        conv_cases([partial_conv_networks.QUICK_SHAPES[1]]), (1, 2), strict=True
+    ):
+        errors = check(case, torch.float32)
+        for path in ("fused", "library"):
+            assert f"ours-{path}" in errors
+            taken.clear()
+            case.variants[f"ours-{path}"].run()
+            assert taken == [path] * calls

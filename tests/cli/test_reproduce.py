@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,17 @@ import torch
 from glance_ext.data.cifar import CLASSES
 from glance_ext.data.patches import Enlarged
 from glance_ext.engine import cifar, reproduce
+from glance_ext.engine.detector import Detector
+from glance_ext.engine.distill import load_local_net
 from glance_ext.engine.evaluate import METRIC_NAMES
 from glance_ext.engine.paper import paper_table, row_key
 from glance_ext.engine.settings import preset
 from glance_ext.errors import Interrupted
+from glance_ext.models.glance import Glance
+from glance_ext.models.local_net import LocalNet
 from tests.cli.conftest import Run
 from tests.data import trees
+from tests.engine.test_residuals import RAW
 
 Tree = Callable[[Path], Path]
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -222,7 +228,9 @@ def test_one_class_cifar(tree: Tree, run: Run, options: list[object], tmp_path: 
     content = json.loads(file.read_text())
     assert list(content["results"]) == ["cat", "frog"]
     identity = content["metadata"]
-    assert (identity["patch_scale"], identity["grid"], identity["image_score"]) == (4, "8", "mean")
+    assert {key: identity[key] for key in cifar.SETTING} == cifar.SETTING
+    assert identity["positions"] == identity["grid"] == "9"
+    assert (identity["distortion"], identity["head_steps"]) == ("stain", 0)  # not in this preset
     kept = json.loads((output / "cat" / "result.json").read_text())
     assert kept["images"] == 20
     assert list(kept["per_class"]) == [name for name in CLASSES if name != "cat"]
@@ -236,6 +244,75 @@ def test_one_class_cifar(tree: Tree, run: Run, options: list[object], tmp_path: 
     assert "cat: done before" in again.stdout
     other = run(*call, "--class", "cat", "--image-score", "max")
     assert "found image_score mean instead of max" in other.stderr
+
+
+def test_the_default_preset_of_cifar_is_short(
+    run: Run, local_net: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = trees.cifar_folders(tmp_path)
+    plans = []
+    figures = {"metrics": {"image_AUROC": 0.5}}
+    monkeypatch.setattr(
+        cifar.OneClass, "run", lambda self, plan, *rest: plans.append(plan) or figures
+    )
+    call = ["reproduce", "cifar10", root, "--class", "cat", "--local-net", local_net]
+    run(*call, "-o", tmp_path / "0")
+    run(*call, "-o", tmp_path / "1", "--steps", 7, "--grid", 3)
+    run(*call, "-o", tmp_path / "2", "--preset", "paper")
+    short, changed, paper = (plan.settings.to_json() for plan in plans)
+    chosen = {**cifar.SETTING, **cifar.SCHEDULE}
+    assert {key: short[key] for key in chosen} == chosen
+    assert (changed["steps"], changed["grid"], changed["positions"]) == (7, "3", "3")
+    assert (paper["steps"], paper["positions"], paper["distortion"]) == (
+        200_000,
+        "uniform",
+        "stain",
+    )
+
+
+def test_local_features_of_test_images_are_kept_between_classes_of_one_local_net(
+    run: Run, options: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = trees.cifar_folders(tmp_path / "data")
+    dense, batches = LocalNet.dense, []
+    monkeypatch.setattr(
+        LocalNet, "dense", lambda self, x, plan: batches.append(len(x)) or dense(self, x, plan)
+    )
+    call = ["reproduce", "cifar10", root, *options, "--positions", "uniform"]
+    run(*call, "-o", tmp_path / "both", "--class", "cat", "--class", "frog")
+    tested = [count for count in batches if count > 1]  # calibration is image by image
+    assert sum(tested) == 20
+    run(*call, "-o", tmp_path / "alone", "--class", "frog")
+    figures = [
+        json.loads((tmp_path / name / "frog" / "result.json").read_text())
+        for name in ("both", "alone")
+    ]
+    assert figures[0]["metrics"] == figures[1]["metrics"]
+    assert figures[0]["per_class"] == figures[1]["per_class"]
+
+
+def test_scores_take_known_features_and_no_others(local_net: Path) -> None:
+    net = load_local_net(local_net).local_net
+    torch.manual_seed(0)
+    model = Glance(net, patch_scale=6, whiten=True, whiten_over="image")
+    detector = Detector(model, replace(RAW, grid="9", image_score="mean"))
+    images = torch.from_numpy(trees.cifar_pixels("test", 1, 11))
+    known: dict[int, torch.Tensor] = {}
+    expected = cifar.scores(detector, images)
+    assert expected.dtype == torch.float64
+    assert torch.equal(cifar.scores(detector, images, known=known), expected)
+    assert [len(part) for part in known.values()] == [8, 3]
+    one_class = cifar.OneClass.__new__(cifar.OneClass)
+    one_class._test, one_class._identity, one_class._local = (images, images), None, {}
+    kept = one_class._known(detector)
+    kept.update(known)
+    assert one_class._known(detector) is kept
+    with torch.no_grad():
+        next(net.parameters()).add_(1e-3)  # as fine-tuning would
+    assert one_class._known(detector) == {}
+    maps = detector.score_maps(Enlarged(images, (256, 256))[:])
+    one_by_one = [detector.image_score(found) for found in maps.double()]
+    assert cifar.scores(detector, images).tolist() == pytest.approx(one_by_one, rel=1e-3)
 
 
 def test_all_ten_classes_run_by_default(
@@ -308,12 +385,12 @@ def test_mvtec_ad_2_is_calibrated_on_its_validation_images(
 
 def test_no_image_of_cifar_is_both_learnt_and_held_out() -> None:
     images = torch.from_numpy(trees.cifar_pixels("train", 3, 20))
-    normal = cifar._normal(images, preset("quick", seed=5))
+    normal = cifar.normal_images(images, preset("quick", seed=5))
     assert (normal.count, len(normal.held_out)) == (16, 4)
     learnt = {image.tobytes() for image in normal.images.small.numpy()}
     held = [small for small in images if small.numpy().tobytes() not in learnt]
     assert len(learnt) == 16
     expected = Enlarged(torch.stack(held), (256, 256))
     assert all(torch.equal(a, expected[i]) for i, a in enumerate(normal.held_out))
-    other = cifar._normal(images, preset("quick", seed=6))
+    other = cifar.normal_images(images, preset("quick", seed=6))
     assert other.fingerprint != normal.fingerprint

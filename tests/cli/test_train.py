@@ -286,7 +286,11 @@ def test_a_model_of_larger_patches_is_read_as_it_was_trained(
     save_checkpoint(tmp_path / "old.safetensors", MODEL_KIND, tensors, metadata)
     assert Detector.load(tmp_path / "old.safetensors").model.patch_scale == 1
     save_checkpoint(
-        tmp_path / "odd.safetensors", MODEL_KIND, tensors, {**metadata, "patch_scale": 3}
+        tmp_path / "odd.safetensors", MODEL_KIND, tensors, {**metadata, "patch_scale": 8}
     )
-    with pytest.raises(CheckpointError, match="patch_scale 3"):
+    with pytest.raises(CheckpointError, match="patch_scale 8"):
+        Detector.load(tmp_path / "odd.safetensors")
+    metadata = {**metadata, "whiten_over": "row"}
+    save_checkpoint(tmp_path / "odd.safetensors", MODEL_KIND, tensors, metadata)
+    with pytest.raises(CheckpointError, match="whiten_over row"):
         Detector.load(tmp_path / "odd.safetensors")

@@ -1,4 +1,4 @@
-// A CUDA block on a CPU, for csrc/hole_windows/hole_conv_kernel.h: warps one after the other within
+// A CUDA block on a CPU, for csrc/implicit_gemm/gemm_kernel.h: warps one after the other within
 // a phase, in either order; asynchronous copies that arrive at once or as late as they may; and
 // what mma and ldmatrix do with the registers of 32 lanes, from the layouts in NVIDIA's PTX manual.
 #pragma once
@@ -9,9 +9,22 @@
 #include <vector>
 
 #include "check.h"
-#include "hole_windows/hole_conv_kernel.h"
+#include "implicit_gemm/gemm_kernel.h"
 
 namespace glance_test {
+
+// Memory aligned like CUDA's.
+class Aligned {
+ public:
+  explicit Aligned(int64_t bytes) : storage_(bytes + 32, '\xcb') {}
+  char* data() {
+    char* start = storage_.data();
+    return start + (16 - reinterpret_cast<uintptr_t>(start) % 16) % 16;
+  }
+
+ private:
+  std::vector<char> storage_;
+};
 
 // A step that lacks a barrier or a wait shows under one of the four.
 struct Schedule {
@@ -45,6 +58,13 @@ class EmulatedWarp {
   template <typename F>
   void lanes(F&& body) {
     for (int i = 0; i < 32; ++i) body(schedule_.backwards ? 31 - i : i);
+  }
+
+  template <typename F>
+  bool any(F&& body) {
+    bool found = false;
+    lanes([&](int lane) { found = body(lane) || found; });
+    return found;
   }
 
   template <int kBytes>
@@ -194,10 +214,50 @@ class EmulatedBlock {
     const int count = static_cast<int>(warps_.size());
     for (int i = 0; i < count; ++i) body(warps_[schedule_.backwards ? count - 1 - i : i]);
   }
+  template <typename F>
+  bool any(F&& body) {
+    bool found = false;
+    phase([&](EmulatedWarp& warp) { found = body(warp) || found; });
+    return found;
+  }
 
  private:
   Schedule schedule_;
   std::vector<EmulatedWarp> warps_;
 };
+
+// What launch_gemm() does, in its order, with a loop over blocks in place of the launch. `pixels`
+// is the memory that the work reads pixels from; `w.packed` is workspace.
+template <typename Tile, typename Work>
+void run_gemm(const Work& w, Schedule schedule, std::vector<Range> pixels) {
+  using T = typename Tile::T;
+  T* packed = static_cast<T*>(w.packed);
+  for (int64_t i = 0; i < w.packed_bytes() / int64_t(sizeof(T)); ++i) {
+    const int64_t from = glance::packed_source<T>(w, i);
+    T value = from < 0 ? T{} : static_cast<const T*>(w.weight)[from];
+    if constexpr (std::is_same_v<T, float> && Tile::kMath == glance::Math::kTensor) {
+      value = glance::bits_to_float(EmulatedWarp::tf32_bits(glance::float_to_bits(value)));
+    }
+    packed[i] = value;
+  }
+  pixels.push_back({static_cast<const char*>(w.packed), w.packed_bytes()});
+  const int64_t bytes = glance::TileMemory<Tile, Work>::bytes(w.taps, w.steps);
+  for (int64_t block = 0; block < w.blocks; ++block) {
+    Aligned shared(bytes);
+    EmulatedBlock emulated(Tile::kThreads, schedule, {shared.data(), bytes}, pixels);
+    glance::convolve_tile<Tile>(emulated, w, block, shared.data());
+  }
+}
+
+// What copied_pixels() does.
+template <typename T>
+const void* copied_pixels(const glance::GemmWork& w, const void* pixels, void* to, int64_t count) {
+  const int64_t padded = w.groups * w.channels;
+  for (int64_t i = 0; i < count * padded; ++i) {
+    const int64_t from = glance::unpadded(i, w.groups * w.weight_channels, padded);
+    static_cast<T*>(to)[i] = from < 0 ? T{} : static_cast<const T*>(pixels)[from];
+  }
+  return to;
+}
 
 }  // namespace glance_test

@@ -8,7 +8,6 @@
 
 #include "emulated_block.h"
 #include "hole_cases.h"
-#include "hole_windows/hole_conv_kernel.h"
 #include "hole_windows/hole_conv_tile.h"
 #include "hole_windows/hole_windows_tile.h"
 
@@ -18,11 +17,11 @@ using glance::Half;
 using glance::HoleConvParams;
 using glance::HoleGatherBackwardParams;
 using glance::widen;
+using glance_test::Aligned;
 using glance_test::HoleCase;
 using glance_test::HoleSizes;
 using glance_test::name_of;
 using glance_test::Random;
-using glance_test::Range;
 using glance_test::Schedule;
 using glance_test::Type;
 
@@ -84,64 +83,27 @@ void check_cpu_convolution(const HoleSizes& sizes, uint64_t seed) {
   expect_output(call, output, sum_epsilon<T>());
 }
 
-// Memory aligned like CUDA's.
-class Aligned {
- public:
-  explicit Aligned(int64_t bytes) : storage_(bytes + 32, '\xcb') {}
-  char* data() {
-    char* start = storage_.data();
-    return start + (16 - reinterpret_cast<uintptr_t>(start) % 16) % 16;
-  }
-
- private:
-  std::vector<char> storage_;
-};
-
-template <typename T>
-const void* padded_pixels(const void* pixels, char* to, int64_t bytes, int64_t count,
-                          int64_t channels, int64_t padded) {
-  if (bytes == 0) return pixels;
-  for (int64_t i = 0; i < count * padded; ++i) {
-    const int64_t from = glance::unpadded(i, channels, padded);
-    reinterpret_cast<T*>(to)[i] = from < 0 ? T{} : static_cast<const T*>(pixels)[from];
-  }
-  return to;
-}
-
-// What the launcher does, in its order, with a loop over blocks in place of the launch.
-template <typename Tile, typename T>
-void run_tiles(const HoleCase<T>& call, const HoleConvParams& p, Schedule schedule) {
+template <typename Tile>
+void run_tiles(const HoleConvParams& p, Schedule schedule) {
+  using T = typename Tile::T;
   EXPECT(glance::fits_conv_tile<Tile>(p));
   const glance::ConvWorkspace space = glance::conv_workspace<Tile>(p);
   Aligned workspace(space.total());
-  glance::ConvWork w = glance::conv_work<Tile>(p);
-  w.conv.packed = workspace.data();
+  glance::HoleConvWork w = glance::conv_work<Tile>(p);
+  w.packed = workspace.data();
   const int64_t base_count = p.batch * p.height * p.width;
   const int64_t window_count = p.window_count() * p.window_height * p.window_width;
   char* copies = workspace.data() + space.packed;
-  w.conv.base =
-      padded_pixels<T>(p.base, copies, space.base, base_count, p.channels, w.conv.channels);
-  w.conv.windows = padded_pixels<T>(p.windows, copies + space.base, space.windows, window_count,
-                                    p.channels, w.conv.channels);
-  for (int64_t i = 0; i < space.packed / int64_t(sizeof(T)); ++i) {
-    const int64_t from = glance::packed_source<Tile>(w, i);
-    T value = from < 0 ? T{} : call.weight[from];
-    if constexpr (std::is_same_v<T, float> && Tile::kMath == glance::Math::kTensor) {
-      value =
-          glance::bits_to_float(glance_test::EmulatedWarp::tf32_bits(glance::float_to_bits(value)));
-    }
-    reinterpret_cast<T*>(workspace.data())[i] = value;
+  if (space.base > 0) {
+    w.conv.base = glance_test::copied_pixels<T>(w, p.base, copies, base_count);
   }
-  const int64_t pixel = w.conv.channels * sizeof(T);
-  const std::vector<Range> inputs{{workspace.data(), space.packed},
-                                  {static_cast<const char*>(w.conv.base), base_count * pixel},
-                                  {static_cast<const char*>(w.conv.windows), window_count * pixel}};
-  const int64_t bytes = glance::TileMemory<Tile>::bytes(w.taps);
-  for (int64_t block = 0; block < w.blocks; ++block) {
-    Aligned shared(bytes);
-    glance_test::EmulatedBlock emulated(Tile::kThreads, schedule, {shared.data(), bytes}, inputs);
-    glance::convolve_tile<Tile>(emulated, w, block, shared.data());
+  if (space.windows > 0) {
+    w.conv.windows = glance_test::copied_pixels<T>(w, p.windows, copies + space.base, window_count);
   }
+  glance_test::run_gemm<Tile>(
+      w, schedule,
+      {{static_cast<const char*>(w.conv.base), base_count * w.pixel_bytes},
+       {static_cast<const char*>(w.conv.windows), window_count * w.pixel_bytes}});
 }
 
 template <typename T>
@@ -158,7 +120,7 @@ void check_cuda_convolution(const HoleSizes& sizes, uint64_t seed, bool tf32 = f
     p.output = output;
     if (p.cell_count > 0) {
       glance::dispatch_conv_tile(
-          p, [&](auto tag) { run_tiles<typename decltype(tag)::type>(call, p, schedules[i]); });
+          p, [&](auto tag) { run_tiles<typename decltype(tag)::type>(p, schedules[i]); });
     }
     const double tf32_epsilon = 1.0 / 1024;  // two factors, each rounded by half of that
     expect_output(call, std::vector<T>(output, output + output_size(call)),
@@ -369,11 +331,11 @@ void check_packing(int64_t channels, int64_t out_channels) {
   p.out_channels = out_channels;
   p.kernel[0] = 3;
   p.kernel[1] = 2;
-  const glance::ConvWork w = glance::conv_work<Tile>(p);
+  const glance::HoleConvWork w = glance::conv_work<Tile>(p);
   std::vector<int> seen(out_channels * channels * 6);
   const int64_t count = glance::conv_workspace<Tile>(p).packed / sizeof(typename Tile::T);
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t from = glance::packed_source<Tile>(w, i);
+    const int64_t from = glance::packed_source<typename Tile::T>(w, i);
     EXPECT(from >= -1 && from < int64_t(seen.size()));
     if (from >= 0) ++seen[from];
   }

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from glance_ext.data.stains import STAINS, StainSettings, stain
+from glance_ext.data.stains import STAINS, StainSettings, stain, turn
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -106,3 +106,15 @@ def test_wide_stains_reach_from_small_ones_to_whole_patches_and_are_fainter() ->
     assert shares["wide"].min() < 0.01
     assert peaks["small"].min() > 0.08
     assert 0.02 < peaks["wide"].min() < 0.08
+
+
+def test_every_patch_is_turned_by_one_two_or_three_quarters() -> None:
+    patches = torch.rand((300, 3, 9, 9), generator=generator(1))
+    turned = turn(patches, generator())
+    quarters = torch.stack([patches.rot90(k, (2, 3)) for k in range(4)])
+    same = (quarters == turned).flatten(2).all(2)  # (4, 300)
+    assert same.sum(0).eq(1).all()
+    assert not same[0].any()
+    assert same[1:].sum(1).min() > 70
+    assert torch.equal(turned, turn(patches, generator()))
+    assert not torch.equal(turned, turn(patches, generator(2)))

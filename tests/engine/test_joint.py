@@ -12,7 +12,7 @@ from torch import Tensor
 from glance_ext.data.grid import patch_grid
 from glance_ext.data.images import load_image, resize
 from glance_ext.data.patches import crop_patches
-from glance_ext.data.stains import stain
+from glance_ext.data.stains import STAINS, stain
 from glance_ext.engine import joint as module
 from glance_ext.engine.distill import load_local_net
 from glance_ext.engine.distributed import World
@@ -113,7 +113,7 @@ def one_pass_a_patch(
     draw = draw_patches(settings.batch_size, settings.holes_per_image, len(images), grid, generator)
     whole = images[draw.owners].to(dtype)
     patches = crop_patches(whole, draw.flat_origins, 33)
-    stained = stain(patches, generator)
+    stained = stain(patches, generator, STAINS[settings.stains])
     with torch.no_grad():
         clean_features = model.local_net(normalise(patches))
         stained_features = model.local_net(normalise(stained))
@@ -180,6 +180,23 @@ def test_bfloat16_rounds_the_networks_and_nothing_else(
     assert all(p.dtype == torch.float32 for p in model.parameters())
     kept = stage.optimizer.state[model.global_net.stem.weight]["exp_avg"]
     assert kept.dtype == torch.float32
+
+
+def test_the_distortion_may_be_a_turn(
+    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(module, "turn", lambda patches, random: seen.append(patches) or patches)
+    heads: list[Any] = []
+    model.distortion_head.register_forward_hook(lambda _, args, __: heads.append(args[0]))
+    joint_stage(model, images, replace(SETTINGS, distortion="turn"), CPU).step(random())
+    assert len(seen) == 1
+    clean, other = heads[0].chunk(2)
+    assert torch.equal(clean, other)  # as the stub has turned nothing
+    joint_stage(model, images, SETTINGS, CPU).step(random())
+    assert len(seen) == 1
+    clean, other = heads[1].chunk(2)
+    assert not torch.equal(clean, other)
 
 
 def test_the_inconsistency_loss_never_sees_a_stain(

@@ -16,6 +16,8 @@ def test_the_papers_preset_has_the_papers_numbers() -> None:
     assert (paper.holes_per_image, paper.positions) == (1, "uniform")
     assert not paper.standardise
     assert (paper.stains, paper.aggregation) == ("small", "mean")
+    assert not paper.whiten
+    assert (paper.patch_scale, paper.distortion, paper.head_steps) == (1, "stain", 0)
 
 
 def test_training_sees_every_patch_of_the_grid_unless_positions_are_named() -> None:
@@ -54,6 +56,9 @@ def test_changes_that_are_none_change_nothing() -> None:
         ({"aggregation": "median"}, "aggregation: expected one of mean, gaussian, max, idw"),
         ({"stains": "huge"}, "stains: expected one of small, wide, got 'huge'"),
         ({"grid": "99"}, "grid: expected 'paper' or a stride"),
+        ({"distortion": "scratch"}, "distortion: expected one of stain, turn, got 'scratch'"),
+        ({"head_steps": -1}, "head steps: expected at least 0, got -1"),
+        ({"whiten_over": "row"}, "whiten over: expected one of patch, image, got 'row'"),
     ],
 )
 def test_values_that_mean_nothing_are_named(changes: dict[str, object], named: str) -> None:

@@ -46,8 +46,8 @@ def test_distortion_loss_is_cross_entropy() -> None:
     assert torch.isfinite(distortion_loss(torch.tensor([1e4]), torch.tensor([0.0])))
 
 
-def fitted(residuals: torch.Tensor, shrinkage: float = 0.0) -> ResidualScale:
-    scale = ResidualScale(residuals.shape[1]).double()
+def fitted(residuals: torch.Tensor, shrinkage: float = 0.0, over: str = "patch") -> ResidualScale:
+    scale = ResidualScale(residuals.shape[1], over).double()
     wide = residuals.double()
     scale.fit(len(wide), wide.sum(0), wide.T @ wide, shrinkage)
     return scale
@@ -65,6 +65,23 @@ def test_the_residual_scale_is_the_mahalanobis_distance_by_the_number_of_feature
     torch.testing.assert_close(scale(local, around), expected)
     # Over the patches that it was fitted to, the mean is 1.
     assert float(scale(residuals, torch.zeros_like(residuals)).mean()) == pytest.approx(1)
+
+
+def test_over_images_patches_share_the_distance_of_their_mean() -> None:
+    generator = torch.Generator().manual_seed(3)
+    means = torch.randn(300, 3, generator=generator, dtype=torch.float64) * torch.arange(1, 4) + 1
+    scale = fitted(means, over="image")
+    local, around = torch.randn(2, 5, 4, 3, generator=generator, dtype=torch.float64)
+    shares = scale(local, around)
+    assert shares.shape == (5, 4)
+    alone = fitted(means)  # of one patch, the mean difference
+    expected = alone((local - around).mean(1), torch.zeros(5, 3).double())
+    torch.testing.assert_close(shares.mean(1), expected)
+    # A patch that disagrees the other way takes away from it.
+    local, around = torch.zeros(2, 1, 3, 3, dtype=torch.float64) + scale.mean
+    local[0, :, 0] += torch.tensor([4.0, 4.0, -1.0])
+    (shares,) = scale(local, torch.zeros_like(around))
+    assert shares[0] == shares[1] > 0 > shares[2]
 
 
 def test_an_unfitted_residual_scale_is_the_plain_inconsistency() -> None:

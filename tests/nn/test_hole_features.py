@@ -415,3 +415,18 @@ def test_what_has_been_planned_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> 
         origins = torch.tensor([[3, column] for column in columns])
         HoleFeatures(small_global_net()).plan((41, 38), 9, origins)
     assert worked_out == [1, 1, 1, 1]  # row 3; columns 1 of a sample, 2 and 5 when they come
+
+
+@pytest.mark.parametrize("relu_first", [True, False])
+def test_relu_makes_zero_of_minus_infinity_as_torchs_does(relu_first: bool) -> None:
+    conv = nn.Conv2d(1, 2, 1)
+    nn.init.ones_(conv.weight)
+    layers = [nn.ReLU(), conv] if relu_first else [conv, nn.ReLU()]
+    shared = HoleFeatures(layers)
+    image = torch.rand(1, 1, 8, 8)
+    image[..., 0, 0] = -torch.inf
+    with torch.no_grad():
+        expected = nn.Sequential(*layers)(image)
+        found = shared(image, shared.plan(8, 2, torch.tensor([[4, 4]])))
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found[0, 0, :, :4], expected[0, :, :4])

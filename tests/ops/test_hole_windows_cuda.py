@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from glance_ext.nn import HoleFeatures, MaskedMaxPool2d, PartialConv2d
 from glance_ext.ops import gather_holes, hole_conv2d, hole_max_pool2d
 from glance_ext.testing import assert_matches_reference
+from tests.ops.test_hole_windows import cast
 
 pytestmark = [
     pytest.mark.cuda,
@@ -57,23 +58,13 @@ def arguments_of(
     ]
 
 
-def on(device: str, arguments: list[Any], dtype: torch.dtype) -> list[Any]:
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return [
-        value.to(device, (wide if i == 5 else dtype) if value.is_floating_point() else None)
-        if isinstance(value, Tensor)
-        else value
-        for i, value in enumerate(arguments)
-    ]
-
-
 def assert_equal_to_cpu(arguments: list[Any], dtype: torch.dtype) -> None:
-    rounded = on("cpu", on("cpu", arguments, dtype), torch.float64)
+    rounded = cast(cast(arguments, dtype, "cpu"), torch.float64, "cpu")
     expected = hole_conv2d(*rounded)
     assert_matches_reference(
-        hole_conv2d(*on("cuda", arguments, dtype)),
+        hole_conv2d(*cast(arguments, dtype, "cuda")),
         expected,
-        hole_conv2d(*on("cpu", arguments, dtype)),
+        hole_conv2d(*cast(arguments, dtype, "cpu")),
         scale=float(expected.abs().max()),
     )
 
@@ -96,7 +87,7 @@ def test_small_and_large_kernels(kernel: int) -> None:
 
 @pytest.mark.parametrize("channels", [3, 32])
 def test_tf32_is_used_where_torch_allows_it(channels: int) -> None:
-    arguments = on("cuda", arguments_of(channels, 64), torch.float32)
+    arguments = cast(arguments_of(channels, 64), torch.float32, "cuda")
     exact = hole_conv2d(*arguments)
     with torch.backends.cudnn.flags(allow_tf32=True):
         fast = hole_conv2d(*arguments)
@@ -109,7 +100,7 @@ def test_tf32_is_used_where_torch_allows_it(channels: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
-    arguments = on("cuda", arguments_of(16, 32), dtype)
+    arguments = cast(arguments_of(16, 32), dtype, "cuda")
     leaves = [arguments[i].requires_grad_() for i in (0, 1, 6, 7)]
     runs = []
     for _ in range(2):
@@ -121,7 +112,7 @@ def test_two_runs_give_the_same_bits(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_slices_that_begin_anywhere(dtype: torch.dtype) -> None:
     """16 bytes are copied at a time: only where they may be."""
-    arguments = on("cuda", arguments_of(16, 32), dtype)
+    arguments = cast(arguments_of(16, 32), dtype, "cuda")
     size = (3, 3)
     expected = hole_conv2d(*arguments)
     tiles = gather_holes(*arguments[:4], size)
@@ -141,7 +132,7 @@ def test_geometry_of_any_numbers_reads_nothing_outside() -> None:
     """The op does not look at a device's numbers; the memory checker sees what the kernels do."""
     random = torch.Generator().manual_seed(0)
     wild = torch.tensor([-(2**31), -1000, -1, 0, 7, 1000, 2**31 - 1])
-    arguments = on("cuda", arguments_of(16, 32), torch.bfloat16)
+    arguments = cast(arguments_of(16, 32), torch.bfloat16, "cuda")
     for index in (2, 3, 4):
         some = torch.randint(0, len(wild), arguments[index].shape, generator=random)
         arguments[index] = wild[some].to("cuda", torch.int32)

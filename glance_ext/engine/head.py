@@ -1,0 +1,74 @@
+"""Further training of the distortion head alone, with both networks frozen.
+
+Where distortions are hard to tell, as turned patches are, the head needs more steps than Global-Net
+can afford: features that are kept cost it nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from glance_ext.data.grid import patch_grid
+from glance_ext.data.patches import Enlarged, crop_from
+from glance_ext.engine.joint import distorted
+from glance_ext.engine.loop import Stage, step_generator
+from glance_ext.engine.settings import TrainSettings
+from glance_ext.models.glance import PATCH_SIZE, Glance
+from glance_ext.models.heads import distortion_loss
+from glance_ext.models.normalisation import normalise
+
+_MOST_IMAGES = 1500
+_BATCH = 64  # images, each with all patches of the grid
+
+
+def head_stage(
+    model: Glance, images: Tensor | Enlarged, settings: TrainSettings, device: torch.device
+) -> Stage:
+    """``l_DAD`` alone, on all patches of the grid that is scored, each once distorted.
+
+    Args:
+        model: Its distortion head is trained in place.
+        images: ``(N, 3, 256, 256)`` normal images, RGB in [0, 1]; the first 1,500 are taken.
+        settings: Head steps and learning rate, distortion, stains, grid and seed.
+        device: Where to train.
+    """
+    head = model.distortion_head
+    optimizer = torch.optim.Adam(head.parameters(), lr=settings.head_learning_rate)
+    kept: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def step(generator: torch.Generator) -> dict[str, Tensor]:
+        if not kept:  # not before: the networks may still be restored from a checkpoint
+            kept.append(_features(model, images, settings, device))
+        clean, other, around = kept[0]
+        picks = torch.randint(len(clean), (_BATCH,), generator=generator)
+        both = torch.stack((clean[picks], other[picks]))
+        log_odds = head(both, around[picks].expand_as(both))
+        undistorted = torch.zeros_like(log_odds)
+        undistorted[0] = 1
+        return {"loss": distortion_loss(log_odds, undistorted)}
+
+    return Stage("head", settings.head_steps, step, optimizer, {"model": model})
+
+
+@torch.no_grad()
+def _features(
+    model: Glance, images: Tensor | Enlarged, settings: TrainSettings, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Local features of patches as they are and distorted, and global ones, ``(N, P, n)`` each."""
+    model.eval()
+    grid = patch_grid(settings.grid, image_size=model.view_size)
+    plan = model.plan(grid.starts, grid.starts, device=device)
+    parts = []
+    for first in range(0, min(len(images), _MOST_IMAGES), 8):
+        some = images[first : min(first + 8, _MOST_IMAGES)].float().to(device)
+        owners = torch.arange(len(some), device=device).repeat_interleave(len(grid))
+        origins = grid.origins.repeat(len(some), 1).to(device)
+        patches = crop_from(model.local_view(some), owners, origins, PATCH_SIZE)
+        generator = step_generator(settings.seed, "features", first)
+        changed = distorted(patches, settings, generator)
+        other = model.local_net(normalise(changed)).unflatten(0, (len(some), -1))
+        clean, around = model.grid_features(some, plan)
+        parts.append((clean, other.to(clean), around))
+    clean, other, around = (torch.cat(features) for features in zip(*parts, strict=True))
+    return clean, other, around

@@ -1,0 +1,129 @@
+"""Further training of the distortion head, with both networks frozen."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from glance_ext.data.grid import patch_grid
+from glance_ext.data.patches import crop_from
+from glance_ext.engine import head as module
+from glance_ext.engine.detector import MODEL_FILE, Detector
+from glance_ext.engine.distill import load_local_net
+from glance_ext.engine.head import head_stage
+from glance_ext.engine.loop import Trainer
+from glance_ext.engine.settings import TrainSettings
+from glance_ext.engine.train import train
+from glance_ext.errors import Interrupted
+from glance_ext.models.glance import PATCH_SIZE, Glance
+from glance_ext.models.normalisation import normalise
+
+CPU = torch.device("cpu")
+SETTINGS = TrainSettings(
+    steps=2, batch_size=4, positions="9", grid="9", patch_scale=6, distortion="turn", head_steps=6
+)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand((10, 3, 256, 256), generator=torch.Generator().manual_seed(2)).half()
+
+
+@pytest.fixture
+def model(local_net_file: Path) -> Glance:
+    torch.manual_seed(0)
+    return Glance(load_local_net(local_net_file).local_net, patch_scale=6)
+
+
+def test_the_head_learns_and_nothing_else_does(
+    model: Glance, images: Tensor, tmp_path: Path
+) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = replace(SETTINGS, head_steps=60)
+    trainer = Trainer(tmp_path / "state", {}, show_progress=False)
+    trainer.run(head_stage(model, images, settings, CPU))
+    changed = {name for name, value in model.state_dict().items() if not value.equal(before[name])}
+    assert changed == {f"distortion_head.{name}" for name in model.distortion_head.state_dict()}
+    losses = [value for _, value in trainer.history["head/loss"]]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", ["turn", "stain"])
+def test_it_learns_from_all_patches_of_the_grid_each_once_distorted(
+    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(module, "_MOST_IMAGES", 9)
+    real, seen = module.distorted, []
+
+    def spy(patches: Tensor, given: TrainSettings, generator: torch.Generator) -> Tensor:
+        seen.append((patches, given, real(patches, given, generator)))
+        return seen[-1][-1]
+
+    monkeypatch.setattr(module, "distorted", spy)
+    settings = replace(SETTINGS, distortion=kind)
+    clean, other, around = module._features(model, images, settings, CPU)
+    assert clean.shape == other.shape == around.shape == (9, 4, 8)
+    assert all(given is settings for _, given, _ in seen)
+    grid = patch_grid("9", image_size=42)
+    owners = torch.arange(9).repeat_interleave(4)
+    view = model.local_view(images[:9].float())
+    patches = crop_from(view, owners, grid.origins.repeat(9, 1), PATCH_SIZE)
+    assert torch.equal(torch.cat([patch for patch, _, _ in seen]), patches)
+    changed = torch.cat([result for _, _, result in seen])
+    with torch.no_grad():
+        for features, of in ((clean, patches), (other, changed)):
+            expected = model.local_net(normalise(of)).reshape(9, 4, 8)
+            torch.testing.assert_close(features, expected, rtol=1e-3, atol=1e-4)
+        plan = model.plan(grid.starts, grid.starts)
+        torch.testing.assert_close(around, model.grid_features(images[:9].float(), plan)[1])
+
+
+def test_distorted_patches_are_the_negatives(
+    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = torch.zeros(3, 4, 8), torch.ones(3, 4, 8), torch.full((3, 4, 8), 2.0)
+    monkeypatch.setattr(module, "_features", lambda *args: features)
+    losses, heads = [], []
+    monkeypatch.setattr(
+        module, "distortion_loss", lambda odds, labels: losses.append(labels) or odds.mean()
+    )
+    model.distortion_head.register_forward_hook(lambda _, args, __: heads.append(args))
+    head_stage(model, images, SETTINGS, CPU).step(torch.Generator().manual_seed(0))
+    ((local, around),) = heads
+    assert torch.equal(local[..., 0], 1 - losses[0])
+    assert around.eq(2).all()
+
+
+@pytest.mark.parametrize("call", [1, 4])
+def test_an_interrupted_run_ends_with_the_same_bits(
+    pictures: list[Path],
+    local_net_file: Path,
+    tmp_path: Path,
+    interrupt_at: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    call: int,
+) -> None:
+    def fit(output: Path, *, resume: bool = False) -> None:
+        train(
+            pictures,
+            SETTINGS,
+            output=output,
+            local_net=local_net_file,
+            resume=resume,
+            show_progress=False,
+        )
+
+    fit(tmp_path / "whole")
+    interrupt_at(module, "distortion_loss", call)
+    with pytest.raises(Interrupted, match=f"step {call} of 6 of stage 'head'"):
+        fit(tmp_path / "parts")
+    monkeypatch.undo()
+    fit(tmp_path / "parts", resume=True)
+    whole, parts = (
+        Detector.load(tmp_path / name / MODEL_FILE).model.state_dict()
+        for name in ("whole", "parts")
+    )
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())

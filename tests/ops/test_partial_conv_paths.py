@@ -1,0 +1,196 @@
+"""The two native paths of partial_conv2d give the same answer, and either can be asked for."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glance_ext import _library
+from glance_ext.ops import partial_conv2d, reference
+from glance_ext.testing import assert_matches_reference, partial_conv_path
+
+pytestmark = pytest.mark.skipif(not _library.is_loaded(), reason="the native ops are not built")
+
+# channels, out, height, width, kernel, stride, padding, dilation, groups
+SHAPES = {
+    "image": (3, 16, 40, 37, 7, 2, 3, 1, 1),
+    "narrow": (5, 3, 19, 23, 3, 1, 1, 1, 1),
+    "wide": (48, 72, 9, 11, 3, 1, 0, 1, 1),
+    "one pixel": (32, 16, 6, 5, 1, 1, 0, 1, 1),
+    "dilated": (16, 24, 17, 14, 3, 1, 2, 2, 1),
+    "strided": (24, 32, 15, 16, 5, 3, 2, 1, 1),
+    "groups": (24, 48, 10, 12, 3, 2, 1, 1, 3),
+    "depthwise": (16, 16, 12, 9, 3, 1, 1, 1, 16),
+}
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def results(
+    path: str, tensors: list[Tensor], grad: Tensor, geometry: list[int], slope: float
+) -> dict[str, Tensor]:
+    """Output, next mask and gradients by one path."""
+    image, mask, weight, bias = tensors
+    leaves = [t.detach().requires_grad_() for t in (image, weight, bias)]
+    with partial_conv_path(path):
+        output, mask_out = partial_conv2d(
+            leaves[0], mask, *leaves[1:], *geometry, negative_slope=slope
+        )
+        grads = torch.autograd.grad(output, leaves, grad)
+    names = ("grad_input", "grad_weight", "grad_bias")
+    return {"output": output.detach(), "mask_out": mask_out} | dict(zip(names, grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_both_paths_agree_with_the_specification(
+    shape: str, layout: str, dtype: torch.dtype
+) -> None:
+    channels, out, height, width, kernel, stride, padding, dilation, groups = SHAPES[shape]
+    random = torch.Generator().manual_seed(list(SHAPES).index(shape))
+    size = (2, channels, height, width)
+    mask = torch.rand(size[0], 1, height, width, generator=random) > 0.3
+    mask[..., : height // 2 + kernel, : width // 2 + kernel] = False  # windows with nothing in them
+    image = torch.randn(size, generator=random).masked_fill(~mask, float("nan"))
+    taps = channels // groups * kernel**2
+    weight = torch.randn(out, channels // groups, kernel, kernel, generator=random) / taps**0.5
+    tensors = [
+        image.to(dtype, memory_format=LAYOUTS[layout]),
+        mask,
+        weight.to(dtype),
+        torch.randn(out, generator=random).to(dtype),
+    ]
+    geometry = [stride, padding, dilation, groups]
+    # 16-bit sums near 0 round to either side of the activation
+    slope = 0.25 if dtype == torch.float32 else 1.0
+    plain = reference.partial_conv2d(
+        *tensors, *([n, n] for n in geometry[:3]), groups, negative_slope=slope
+    )[0]
+    grad = torch.randn(plain.shape, generator=random).to(dtype)
+    by_path = {p: results(p, tensors, grad, geometry, slope) for p in ("fused", "library")}
+    exact, same = (
+        _reference([t if t is mask else t.to(d) for t in tensors], grad.to(d), geometry, slope)
+        for d in (torch.float64, dtype)
+    )
+    for path, found in by_path.items():
+        assert torch.equal(found.pop("mask_out"), exact["mask_out"].bool())
+        for name, value in found.items():
+            scale = max(1.0, float(exact[name].abs().max()))
+            assert_matches_reference(
+                value, exact[name], same[name], name=f"{path} {name}", scale=scale
+            )
+
+
+def _reference(
+    tensors: list[Tensor], grad: Tensor, geometry: list[int], slope: float
+) -> dict[str, Tensor]:
+    image, mask, weight, bias = tensors
+    leaves = [t.detach().requires_grad_() for t in (image, weight, bias)]
+    stride, padding, dilation, groups = geometry
+    output, mask_out = reference.partial_conv2d(
+        leaves[0], mask, *leaves[1:], [stride] * 2, [padding] * 2, [dilation] * 2, groups,
+        negative_slope=slope,
+    )  # fmt: skip
+    grads = torch.autograd.grad(output, leaves, grad)
+    names = ("grad_input", "grad_weight", "grad_bias")
+    return {"output": output.detach(), "mask_out": mask_out} | dict(zip(names, grads, strict=True))
+
+
+@contextlib.contextmanager
+def allocations() -> Iterator[list[int]]:
+    """The sizes of what torch allocates meanwhile."""
+    sizes: list[int] = []
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        yield sizes
+    events = profile.kineto_results.events()
+    sizes += [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
+
+
+def copies_its_input() -> bool:
+    """Whether a call makes a masked copy, as the library's path does and the fused does not."""
+    image = torch.rand(1, 16, 64, 64)
+    mask = torch.ones(64, 64, dtype=torch.bool)
+    mask[3, 4] = False
+    with torch.no_grad(), allocations() as sizes:
+        partial_conv2d(image, mask, torch.rand(8, 16, 3, 3))
+    return image.numel() * image.element_size() in sizes
+
+
+def test_path_asked_for_is_the_one_taken() -> None:
+    with partial_conv_path("fused"):
+        assert not copies_its_input()
+        with partial_conv_path("library"):
+            assert copies_its_input()
+        assert not copies_its_input()
+
+
+def test_rule_is_back_after_an_error() -> None:
+    with pytest.raises(KeyError), partial_conv_path("library"):
+        raise KeyError
+    assert _library.module.partial_conv_path("rule") == "rule"
+
+
+def test_path_holds_in_other_threads() -> None:
+    found: list[bool] = []
+    with partial_conv_path("library"):
+        thread = threading.Thread(target=lambda: found.append(copies_its_input()))
+        thread.start()
+        thread.join()
+    assert found == [True]
+
+
+def test_float64_takes_the_librarys_path_whatever_is_asked_for() -> None:
+    tensors = [
+        torch.rand(1, 2, 5, 5).double(),
+        torch.ones(5, 5).bool(),
+        torch.rand(3, 2, 3, 3).double(),
+    ]
+    with partial_conv_path("fused"):
+        fused = partial_conv2d(*tensors)[0]
+    with partial_conv_path("library"):
+        assert torch.equal(fused, partial_conv2d(*tensors)[0])
+
+
+def test_unknown_path_is_an_error() -> None:
+    with (
+        pytest.raises(ValueError, match="expected one of rule, fused, library, got 'fast'"),
+        partial_conv_path("fast"),
+    ):
+        pass
+
+
+def test_without_the_library_the_error_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "module", None)
+    with pytest.raises(RuntimeError, match="native ops"), partial_conv_path("fused"):
+        pass
+
+
+@pytest.mark.parametrize("slope", [1.0, 0.25, 0.0])
+@pytest.mark.parametrize("mask_channels", [1, 8])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_plain_convolution_where_every_window_is_whole(
+    groups: int, mask_channels: int, slope: float
+) -> None:
+    random = torch.Generator().manual_seed(5)
+    image = torch.randn(2, 8, 9, 7, generator=random)
+    mask = torch.ones(1, mask_channels, 9, 7, dtype=torch.uint8)
+    weight = torch.randn(4, 8 // groups, 3, 2, generator=random)
+    leaves = [t.requires_grad_() for t in (image, weight, torch.randn(4, generator=random))]
+    with partial_conv_path("library"):
+        output, mask_out = partial_conv2d(
+            leaves[0], mask, *leaves[1:], stride=2, groups=groups, negative_slope=slope
+        )
+    plain = F.conv2d(*leaves, stride=2, groups=groups)
+    plain = F.relu(plain) if slope == 0 else F.leaky_relu(plain, slope)
+    assert torch.equal(output, plain)
+    assert mask_out.dtype == torch.uint8
+    assert bool((mask_out == 1).all())
+    grad = torch.randn(plain.shape, generator=random)
+    with partial_conv_path("library"):
+        grads = torch.autograd.grad(output, leaves, grad)
+    for found, expected in zip(grads, torch.autograd.grad(plain, leaves, grad), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
