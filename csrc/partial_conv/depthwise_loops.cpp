@@ -11,14 +11,17 @@ typedef float Lanes __attribute__((vector_size(32), aligned(4), may_alias));
 #else
 struct Lanes {
   float value[kDepthwiseLanes];
+  float& operator[](int i) { return value[i]; }
+  float operator[](int i) const { return value[i]; }
   Lanes& operator+=(const Lanes& other) {
     for (int i = 0; i < kDepthwiseLanes; ++i) value[i] += other.value[i];
     return *this;
   }
-  friend Lanes operator*(Lanes a, const Lanes& b) {
-    for (int i = 0; i < kDepthwiseLanes; ++i) a.value[i] *= b.value[i];
-    return a;
+  Lanes& operator*=(const Lanes& other) {
+    for (int i = 0; i < kDepthwiseLanes; ++i) value[i] *= other.value[i];
+    return *this;
   }
+  friend Lanes operator*(Lanes a, const Lanes& b) { return a *= b; }
 };
 #endif
 
@@ -27,30 +30,95 @@ GLANCE_INLINE const Lanes& lanes(const float* from) {
 }
 GLANCE_INLINE Lanes& lanes(float* to) { return *reinterpret_cast<Lanes*>(to); }
 
-template <int kTaps>
+GLANCE_INLINE void fill(Lanes& to, float value) {
+  for (int i = 0; i < kDepthwiseLanes; ++i) to[i] = value;
+}
+
+// value where `of` is above 0, or NaN if `of_itself`, else value * slope, and 0 if the slope is.
+template <bool kNaNStays>
+GLANCE_INLINE void slope_below(Lanes& value, const Lanes& of, float slope) {
+#if defined(__GNUC__) || defined(__clang__)
+  Lanes below = {};
+  if (slope != 0) below = value * slope;
+  if (kNaNStays) {
+    value = of < 0 ? below : value;
+  } else {
+    value = of > 0 ? value : below;
+  }
+#else
+  for (int i = 0; i < kDepthwiseLanes; ++i) {
+    const bool keep = kNaNStays ? !(of[i] < 0) : of[i] > 0;
+    if (!keep) value[i] = slope == 0 ? 0 : value[i] * slope;
+  }
+#endif
+}
+
+GLANCE_INLINE void clear_empty(Lanes& value, const Lanes& ratio) {
+#if defined(__GNUC__) || defined(__clang__)
+  value = ratio == 0 ? Lanes{} : value;
+#else
+  for (int i = 0; i < kDepthwiseLanes; ++i) value[i] = ratio[i] == 0 ? 0 : value[i];
+#endif
+}
+
+GLANCE_INLINE void load_ratio(const Finish& f, bool by_channel, int64_t x, int64_t pitch, int64_t c,
+                              Lanes& ratio) {
+  if (by_channel) {
+    ratio = lanes(f.ratio + x * pitch + c);
+  } else {
+    fill(ratio, f.ratio[x]);
+  }
+}
+
+enum class Ratio { kNone, kOfPixel, kOfChannel };
+
+// Pixels whose lines stay in the first cache while all their lanes are computed.
+constexpr int64_t kTile = 32;
+
+// Parameters are copied first: a store of lanes might change them, as far as compilers know.
+template <int kTaps, Ratio kRatio>
 GLANCE_INLINE void sum_taps(const TapSum& work) {
-  for (int64_t c = 0; c < work.pitch; c += kDepthwiseLanes) {
-    const float* from[kTaps];
-    Lanes weight[kTaps];
-    GLANCE_UNROLL
-    for (int t = 0; t < kTaps; ++t) {
-      from[t] = work.taps[t].from + c;
-      weight[t] = lanes(work.taps[t].weight + c);
-    }
-    float* to = work.to + c;
-    for (int64_t x = 0, at = 0; x < work.count; ++x, at += work.from_step, to += work.to_step) {
-      Lanes sum = {};
-      if (work.add) sum = lanes(to);
+  const int64_t from_step = work.from_step, to_step = work.to_step;
+  const int64_t pitch = work.pitch, last = work.lanes;
+  const bool add = work.add;
+  const Finish finish = kRatio == Ratio::kNone ? Finish{} : *work.finish;
+  for (int64_t first = 0; first < work.count; first += kTile) {
+    const int64_t end = first + kTile < work.count ? first + kTile : work.count;
+    for (int64_t c = 0; c < last; c += kDepthwiseLanes) {
+      const float* from[kTaps];
+      Lanes weight[kTaps];
       GLANCE_UNROLL
-      for (int t = 0; t < kTaps; ++t) sum += weight[t] * lanes(from[t] + at);
-      lanes(to) = sum;
+      for (int t = 0; t < kTaps; ++t) {
+        from[t] = work.taps[t].from + c;
+        weight[t] = lanes(work.taps[t].weight + c);
+      }
+      Lanes bias = {};
+      if (kRatio != Ratio::kNone) bias = lanes(finish.bias + c);
+      float* to = work.to + first * to_step + c;
+      int64_t at = first * from_step;
+      for (int64_t x = first; x < end; ++x, at += from_step, to += to_step) {
+        Lanes sum = {};
+        if (add) sum = lanes(to);
+        GLANCE_UNROLL
+        for (int t = 0; t < kTaps; ++t) sum += weight[t] * lanes(from[t] + at);
+        if (kRatio != Ratio::kNone) {
+          Lanes ratio;
+          load_ratio(finish, kRatio == Ratio::kOfChannel, x, pitch, c, ratio);
+          sum = sum * ratio;
+          sum += bias;
+          if (finish.slope != 1) slope_below<true>(sum, sum, finish.slope);
+          if (kRatio == Ratio::kOfChannel) clear_empty(sum, ratio);
+        }
+        lanes(to) = sum;
+      }
     }
   }
 }
 
 template <int kTaps>
 GLANCE_INLINE void tap_gradients(const TapGradient& work) {
-  for (int64_t c = 0; c < work.pitch; c += kDepthwiseLanes) {
+  const int64_t count = work.count, pitch = work.pitch, from_step = work.from_step;
+  for (int64_t c = 0; c < pitch; c += kDepthwiseLanes) {
     const float* from[kTaps];
     Lanes sum[kTaps];
     GLANCE_UNROLL
@@ -59,13 +127,13 @@ GLANCE_INLINE void tap_gradients(const TapGradient& work) {
       sum[t] = Lanes{};
     }
     const float* grad = work.grad + c;
-    for (int64_t x = 0, at = 0; x < work.count; ++x, at += work.from_step, grad += work.pitch) {
+    for (int64_t x = 0, at = 0; x < count; ++x, at += from_step, grad += pitch) {
       const Lanes each = lanes(grad);
       GLANCE_UNROLL
       for (int t = 0; t < kTaps; ++t) sum[t] += each * lanes(from[t] + at);
     }
     GLANCE_UNROLL
-    for (int t = 0; t < kTaps; ++t) lanes(work.sums + t * work.pitch + c) += sum[t];
+    for (int t = 0; t < kTaps; ++t) lanes(work.sums + t * pitch + c) += sum[t];
   }
 }
 
@@ -95,65 +163,40 @@ GLANCE_INLINE void with_taps(int taps, const Work& work) {
 
 template <int kTaps>
 struct SumTaps {
-  static GLANCE_INLINE void run(const TapSum& work) { sum_taps<kTaps>(work); }
+  static GLANCE_INLINE void run(const TapSum& work) {
+    if (!work.finish) return sum_taps<kTaps, Ratio::kNone>(work);
+    if (!work.finish->by_channel) return sum_taps<kTaps, Ratio::kOfPixel>(work);
+    sum_taps<kTaps, Ratio::kOfChannel>(work);
+  }
 };
 template <int kTaps>
 struct TapGradients {
   static GLANCE_INLINE void run(const TapGradient& work) { tap_gradients<kTaps>(work); }
 };
 
-template <bool kByChannel>
-GLANCE_INLINE void finish_pixels(const PixelScale& s, const float* GLANCE_RESTRICT bias,
-                                 float* GLANCE_RESTRICT row) {
-  for (int64_t c = 0; c < s.pitch; c += kDepthwiseLanes) {
-    for (int64_t x = 0; x < s.count; ++x) {
-      float* GLANCE_RESTRICT pixel = row + x * s.pitch + c;
-      const float* ratio = s.ratio + (kByChannel ? x * s.pitch + c : x);
-      for (int i = 0; i < kDepthwiseLanes; ++i) {
-        const float r = ratio[kByChannel ? i : 0];
-        const float sum = pixel[i] * r + bias[c + i];
-        const float scaled = sum * s.slope;
-        const float below = s.slope == 0 ? 0 : scaled;
-        const float result = sum < 0 ? below : sum;
-        pixel[i] = r == 0 ? 0 : result;
-      }
+GLANCE_INLINE void scale_pixels(const Finish f, int64_t count, int64_t pitch, const float* result,
+                                float* grad, float* bias) {
+  for (int64_t c = 0; c < pitch; c += kDepthwiseLanes) {
+    Lanes sum = {};
+    for (int64_t x = 0; x < count; ++x) {
+      Lanes& pixel = lanes(grad + x * pitch + c);
+      Lanes value = pixel, ratio;
+      if (result) slope_below<false>(value, lanes(result + x * pitch + c), f.slope);
+      load_ratio(f, f.by_channel, x, pitch, c, ratio);
+      clear_empty(value, ratio);
+      sum += value;
+      pixel = value * ratio;
     }
+    lanes(bias + c) += sum;
   }
 }
 
-template <bool kByChannel>
-GLANCE_INLINE void scale_lanes(const PixelScale& s, const float* GLANCE_RESTRICT result,
-                               float* GLANCE_RESTRICT grad, float* GLANCE_RESTRICT bias) {
-  for (int64_t c = 0; c < s.pitch; c += kDepthwiseLanes) {
-    float sum[kDepthwiseLanes] = {};
-    for (int64_t x = 0; x < s.count; ++x) {
-      float* GLANCE_RESTRICT pixel = grad + x * s.pitch + c;
-      const float* GLANCE_RESTRICT of = result ? result + x * s.pitch + c : nullptr;
-      const float* ratio = s.ratio + (kByChannel ? x * s.pitch + c : x);
-      if (of) {
-        for (int i = 0; i < kDepthwiseLanes; ++i) {
-          const float scaled = pixel[i] * s.slope;
-          const float below = s.slope == 0 ? 0 : scaled;
-          pixel[i] = of[i] > 0 ? pixel[i] : below;
-        }
-      }
-      for (int i = 0; i < kDepthwiseLanes; ++i) {
-        const float r = ratio[kByChannel ? i : 0], scaled = pixel[i] * r;
-        sum[i] += r == 0 ? 0 : pixel[i];
-        pixel[i] = r == 0 ? 0 : scaled;
-      }
-    }
-    for (int i = 0; i < kDepthwiseLanes; ++i) bias[c + i] += sum[i];
+GLANCE_INLINE void move_pixels(const PixelMove m) {
+  for (int64_t x = 0; x < m.count; ++x) {
+    const float* from = m.from + x * m.from_step;
+    float* to = m.to + x * m.to_step;
+    for (int64_t c = 0; c < m.lanes; c += kDepthwiseLanes) lanes(to + c) = lanes(from + c);
   }
-}
-
-GLANCE_INLINE void finish_row(const PixelScale& s, const float* bias, float* row) {
-  s.by_channel ? finish_pixels<true>(s, bias, row) : finish_pixels<false>(s, bias, row);
-}
-
-GLANCE_INLINE void scale_row(const PixelScale& s, const float* result, float* grad, float* bias) {
-  s.by_channel ? scale_lanes<true>(s, result, grad, bias)
-               : scale_lanes<false>(s, result, grad, bias);
 }
 
 template <typename T>
@@ -169,34 +212,33 @@ GLANCE_INLINE void narrow_row(const float* GLANCE_RESTRICT from, int64_t count,
 }
 
 // All loops, compiled for the target that stands in front of each.
-#define GLANCE_DEPTHWISE_LOOPS(Name, TARGET)                                                      \
-  struct Name {                                                                                   \
-    TARGET static void sum(int taps, const TapSum& work) { with_taps<SumTaps>(taps, work); }      \
-    TARGET static void gradient(int taps, const TapGradient& work) {                              \
-      with_taps<TapGradients>(taps, work);                                                        \
-    }                                                                                             \
-    TARGET static void finish(const PixelScale& s, const float* bias, float* row) {               \
-      finish_row(s, bias, row);                                                                   \
-    }                                                                                             \
-    TARGET static void scale(const PixelScale& s, const float* result, float* grad, float* sum) { \
-      scale_row(s, result, grad, sum);                                                            \
-    }                                                                                             \
-    template <typename T>                                                                         \
-    TARGET static void wide(const T* from, int64_t count, float* to) {                            \
-      widen_row(from, count, to);                                                                 \
-    }                                                                                             \
-    template <typename T>                                                                         \
-    TARGET static void narrowed(const float* from, int64_t count, T* to) {                        \
-      narrow_row(from, count, to);                                                                \
-    }                                                                                             \
+#define GLANCE_DEPTHWISE_LOOPS(Name, TARGET)                                                 \
+  struct Name {                                                                              \
+    TARGET static void sum(int taps, const TapSum& work) { with_taps<SumTaps>(taps, work); } \
+    TARGET static void gradient(int taps, const TapGradient& work) {                         \
+      with_taps<TapGradients>(taps, work);                                                   \
+    }                                                                                        \
+    TARGET static void scale(const Finish& finish, int64_t count, int64_t pitch,             \
+                             const float* result, float* grad, float* bias) {                \
+      scale_pixels(finish, count, pitch, result, grad, bias);                                \
+    }                                                                                        \
+    TARGET static void move(const PixelMove& move) { move_pixels(move); }                    \
+    template <typename T>                                                                    \
+    TARGET static void wide(const T* from, int64_t count, float* to) {                       \
+      widen_row(from, count, to);                                                            \
+    }                                                                                        \
+    template <typename T>                                                                    \
+    TARGET static void narrowed(const float* from, int64_t count, T* to) {                   \
+      narrow_row(from, count, to);                                                           \
+    }                                                                                        \
   };
 
 template <typename Loops>
 DepthwiseLoops loops_of() {
   return {&Loops::sum,
           &Loops::gradient,
-          &Loops::finish,
           &Loops::scale,
+          &Loops::move,
           &Loops::template wide<Half>,
           &Loops::template wide<BFloat16>,
           &Loops::template narrowed<Half>,

@@ -15,12 +15,22 @@ struct DepthwiseTap {
   const float* weight;  // (pitch)
 };
 
-// to[x] = the sum over taps of weight * from[x], or added to it; steps are in elements.
+// What stands between sums and output: act(sum * ratio + bias), 0 where the ratio is.
+struct Finish {
+  const float* ratio;  // (count), or where `by_channel` (count, pitch)
+  bool by_channel;
+  const float* bias;  // (pitch)
+  float slope;
+};
+
+// to[x] = the sum over taps of weight * from[x], or added to it; then finished, unless `finish` is
+// null. Steps are in elements.
 struct TapSum {
   const DepthwiseTap* taps;
-  int64_t count, pitch, from_step, to_step;
+  int64_t count, lanes, pitch, from_step, to_step;
   float* to;
   bool add;
+  const Finish* finish;
 };
 
 // sums[tap] += the sum over x of grad[x] * from[x].
@@ -31,22 +41,21 @@ struct TapGradient {
   float* sums;        // (taps, pitch)
 };
 
-// What stands between sums and output, and between gradient and scaled gradient.
-struct PixelScale {
-  const float* ratio;  // (count), or where `by_channel` (count, pitch)
-  bool by_channel;
-  int64_t count, pitch;
-  float slope;
+// `count` pixels of `lanes` floats, which stand these steps apart.
+struct PixelMove {
+  const float* from;
+  float* to;
+  int64_t count, lanes, from_step, to_step;
 };
 
 struct DepthwiseLoops {
   void (*sum)(int taps, const TapSum& work);
   void (*gradient)(int taps, const TapGradient& work);
-  // row = act(row * ratio + bias), 0 where the ratio is.
-  void (*finish)(const PixelScale& scale, const float* bias, float* row);
   // grad = (grad behind the activation) * ratio, 0 where the ratio is; before that summed to bias
-  // over the pixels where it is not. `result` may be null.
-  void (*scale)(const PixelScale& scale, const float* result, float* grad, float* bias);
+  // over the pixels where it is not. `result` may be null; `finish.bias` is not read.
+  void (*scale)(const Finish& finish, int64_t count, int64_t pitch, const float* result,
+                float* grad, float* bias);
+  void (*move)(const PixelMove& move);
   void (*widen_half)(const Half* from, int64_t count, float* to);
   void (*widen_bfloat16)(const BFloat16* from, int64_t count, float* to);
   void (*narrow_half)(const float* from, int64_t count, Half* to);
