@@ -36,6 +36,8 @@ KERNEL_SOURCES = [
     "csrc/hole_windows/hole_sequence_cpu.cpp",
     "csrc/hole_windows/hole_windows_cpu.cpp",
     "csrc/hole_windows/micro_kernel.cpp",
+    "csrc/partial_conv/depthwise_cpu.cpp",
+    "csrc/partial_conv/depthwise_loops.cpp",
     "csrc/partial_conv/fused_rule.cpp",
     "csrc/partial_conv/fused_sweep_cpu.cpp",
     "csrc/partial_conv/fused_weight_cpu.cpp",

@@ -122,6 +122,12 @@ using ParallelFor =
     std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>& body)>;
 void fused_grad_weight_cpu(const PartialConvBackwardParams& params, const ParallelFor& parallel);
 
+// The fused path of depthwise layers (one channel a group, in and out) has kernels of its own,
+// which pack nothing: output and valid pixels, and all gradients that have a pointer.
+bool has_depthwise(const PartialConvParams& params);
+void depthwise_forward_cpu(const PartialConvBackwardParams& params, const ParallelFor& parallel);
+void depthwise_backward_cpu(const PartialConvBackwardParams& params, const ParallelFor& parallel);
+
 // CUDA launchers: asynchronous on `stream` (a cudaStream_t), returning a cudaError_t as an int.
 int mask_input_cuda(const PartialConvParams& params, void* stream);
 int window_ratio_cuda(const PartialConvParams& params, void* stream);

@@ -185,7 +185,7 @@ bool has_fused(const PartialConvParams& p) { return p.dtype != ScalarType::kFloa
 
 bool prefers_fused(const PartialConvParams& p) {
   if (!has_fused(p) || best_instruction_set() == InstructionSet::kPlain) return false;
-  return p.out_channels / p.groups >= 8 || p.groups == 1;
+  return p.out_channels / p.groups >= 4 || p.groups == 1 || has_depthwise(p);
 }
 
 }  // namespace glance

@@ -127,6 +127,10 @@ at::Tensor behind_activation(const PartialConvCall& call, const at::Tensor& grad
   return at::where(call.result.gt(0), grad, below).contiguous(memory_format(call.input));
 }
 
+void parallel_units(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end); });
+}
+
 at::Tensor pack_weights(PartialConvCall& call, const SweepSizes& sizes,
                         void (*pack)(const PartialConvBackwardParams&, int64_t, int64_t)) {
   PartialConvBackwardParams& p = call.params;
@@ -213,6 +217,10 @@ std::tuple<at::Tensor, at::Tensor> forward_fused(PartialConvCall& call) {
   p.valid = static_cast<uint8_t*>(valid.mutable_data_ptr());
   if (p.batch == 0) {
     window_valid_cpu(p, 0, ratio_rows(p));
+    return {output, valid};
+  }
+  if (has_depthwise(p)) {
+    depthwise_forward_cpu(p, parallel_units);
     return {output, valid};
   }
   const SweepSizes sizes = sweep_sizes(p, Sweep::kForward);
@@ -332,20 +340,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> backward_fused(PartialConvCall& c
   p.input = call.input.const_data_ptr();
   p.grad_output = grad_output.const_data_ptr();
   p.result = call.result.defined() ? call.result.const_data_ptr() : nullptr;
+  p.grad_input = wanted[0] ? grads[0].mutable_data_ptr() : nullptr;
+  p.grad_weight = wanted[1] ? grads[1].mutable_data_ptr() : nullptr;
+  p.grad_bias = wanted[2] ? grads[2].mutable_data_ptr() : nullptr;
+  if (has_depthwise(p)) {
+    depthwise_backward_cpu(p, parallel_units);
+    return {grads[0], grads[1], grads[2]};
+  }
   if (wanted[0] && p.batch > 0) {
-    p.grad_input = grads[0].mutable_data_ptr();
     const SweepSizes sizes = sweep_sizes(p, Sweep::kGradInput);
     const at::Tensor packed = pack_weights(call, sizes, pack_grad_input_cpu);
     at::parallel_for(0, sizes.units, 1,
                      [&](int64_t begin, int64_t end) { fused_grad_input_cpu(p, begin, end); });
   }
-  if (wanted[1] || wanted[2]) {
-    p.grad_weight = wanted[1] ? grads[1].mutable_data_ptr() : nullptr;
-    p.grad_bias = wanted[2] ? grads[2].mutable_data_ptr() : nullptr;
-    fused_grad_weight_cpu(p, [](int64_t count, const auto& body) {
-      at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end); });
-    });
-  }
+  if (wanted[1] || wanted[2]) fused_grad_weight_cpu(p, parallel_units);
   return {grads[0], grads[1], grads[2]};
 }
 

@@ -25,6 +25,11 @@ SHAPES = {
     "strided": (24, 32, 15, 16, 5, 3, 2, 1, 1),
     "groups": (24, 48, 10, 12, 3, 2, 1, 1, 3),
     "depthwise": (16, 16, 12, 9, 3, 1, 1, 1, 16),
+    "depthwise strided": (19, 19, 13, 17, 3, 2, 1, 1, 19),
+    "depthwise dilated": (24, 24, 16, 11, 3, 1, 2, 2, 24),
+    "depthwise wide": (5, 5, 21, 30, 5, 3, 4, 2, 5),  # of 25 taps, more than a loop takes at once
+    "depthwise padded": (3, 3, 6, 4, 2, 1, 5, 1, 3),  # windows and rows of nothing but padding
+    "depthwise in bands": (8, 8, 90, 110, 3, 2, 1, 1, 8),
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -46,14 +51,17 @@ def results(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "multi_channel"),
+    [(s, False) for s in SHAPES] + [(s, True) for s in SHAPES if s.startswith("depthwise")],
+)
 def test_both_paths_agree_with_the_specification(
-    shape: str, layout: str, dtype: torch.dtype
+    shape: str, multi_channel: bool, layout: str, dtype: torch.dtype
 ) -> None:
     channels, out, height, width, kernel, stride, padding, dilation, groups = SHAPES[shape]
     random = torch.Generator().manual_seed(list(SHAPES).index(shape))
     size = (2, channels, height, width)
-    mask = torch.rand(size[0], 1, height, width, generator=random) > 0.3
+    mask = torch.rand(2, channels if multi_channel else 1, height, width, generator=random) > 0.3
     mask[..., : height // 2 + kernel, : width // 2 + kernel] = False  # windows with nothing in them
     image = torch.randn(size, generator=random).masked_fill(~mask, float("nan"))
     taps = channels // groups * kernel**2
@@ -83,6 +91,53 @@ def test_both_paths_agree_with_the_specification(
             assert_matches_reference(
                 value, exact[name], same[name], name=f"{path} {name}", scale=scale
             )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_depthwise_layers_are_the_same_for_any_number_of_threads(layout: str) -> None:
+    random = torch.Generator().manual_seed(3)
+    image = torch.randn(2, 20, 90, 110, generator=random).to(memory_format=LAYOUTS[layout])
+    mask = torch.rand(2, 1, 90, 110, generator=random) > 0.3
+    weight, bias = torch.randn(20, 1, 3, 3, generator=random), torch.randn(20, generator=random)
+    grad = torch.randn(image.shape, generator=random)
+    threads = torch.get_num_threads()
+    found = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            tensors = [image, mask, weight, bias]
+            found.append(results("fused", tensors, grad, [1, 1, 1, 20], slope=0.25))
+    finally:
+        torch.set_num_threads(threads)
+    for name, value in found[0].items():
+        assert all(torch.equal(other[name], value) for other in found[1:]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_relu_of_depthwise_layers_is_that_of_the_specification(layout: str) -> None:
+    """Minus infinity becomes 0 and stops gradients; NaN stays."""
+    image = torch.zeros(1, 9, 8, 8).contiguous(memory_format=LAYOUTS[layout])
+    image[0, 0, 1, 1], image[0, 1, 1, 1] = float("-inf"), float("nan")
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.bool)
+    mask[..., 4:, 4:] = False
+    tensors = [image, mask, torch.ones(9, 1, 3, 3), torch.zeros(9)]
+    grad = torch.ones(1, 9, 6, 6)
+    found = results("fused", tensors, grad, [1, 0, 1, 9], slope=0.0)
+    expected = _reference(tensors, grad, [1, 0, 1, 9], slope=0.0)
+    assert torch.equal(found["output"].isnan(), expected["output"].isnan())
+    assert torch.equal(found["output"].nan_to_num(), expected["output"].nan_to_num())
+    finite = [channel for channel in range(9) if channel != 1]
+    assert torch.equal(found["grad_input"][:, finite], expected["grad_input"][:, finite])
+    assert torch.equal(found["grad_bias"][finite], expected["grad_bias"][finite])
+
+
+def test_rule_takes_the_fused_path_for_depthwise_layers() -> None:
+    image, mask = torch.rand(1, 16, 64, 64), torch.ones(64, 64, dtype=torch.bool)
+    mask[3, 4] = False
+    with torch.no_grad(), partial_conv_path("rule"), allocations() as sizes:
+        partial_conv2d(image, mask, torch.rand(16, 1, 3, 3), groups=16)
+    fused = any(name in torch.backends.cpu.get_cpu_capability() for name in ("AVX2", "AVX512"))
+    assert (image.numel() * image.element_size() in sizes) is not fused
 
 
 def _reference(
