@@ -1,8 +1,10 @@
 // The fused path's output and gradient of the input: tiles of the source are brought into cache,
-// masked or scaled on the way; the micro-kernel multiplies the windows of all cells that are not
-// empty, and writes into the target where that holds a pixel's channels side by side; elsewhere
-// into sums in cache, which are stored in the target's layout.
+// masked or scaled on the way, or read in their place where that changes nothing; the micro-kernel
+// multiplies the windows of all cells that are not empty, and writes into the target where that
+// holds a pixel's channels side by side; elsewhere into sums in cache, which are stored in the
+// target's layout.
 #include <cstring>
+#include <memory>
 
 #include "partial_conv/sweep_plan.h"
 #include "partial_conv/tile_rows.h"
@@ -106,7 +108,9 @@ class SweepWorker {
   struct Tile {
     int64_t image, top, left, height, width;  // of the target, in pixels
     int64_t cell_y, cell_x;
-    C* source;
+    C* copy;
+    const C* source;  // the copy, or where the tile stands in the map
+    bool in_map;
     int64_t first;  // of its pixels among the sums
     int64_t place(const SweepWorker& worker, int64_t y, int64_t x) const {
       if (!worker.in_place_) return first + y * width + x;
@@ -120,6 +124,7 @@ class SweepWorker {
   // left out. They come in the micro-kernel's strips, of which one cell at least is not empty.
   struct Rows {
     int64_t phase, first_run, end_run;
+    bool in_map;
     std::vector<const C*> source;  // of each strip
     std::vector<A> ratio;          // of each cell
     std::vector<int64_t> place;    // of each cell, in pixels; kNowhere of an empty one
@@ -134,8 +139,7 @@ class SweepWorker {
             1, std::min(Plan::kTileBytes / (plan.tile_size() * int64_t(sizeof(C))),
                         Plan::kTileCells / tile_pixels()))),
         // A strip at the end of a row of cells reads on: its other cells are stored nowhere.
-        sources_(in_flight_ * plan.tile_size() +
-                 (plan.kernel.strip - 1) * plan.advance[1] * plan.pitch),
+        sources_(new C[in_flight_ * plan.tile_size() + reads_on()]),
         in_place_(std::is_same_v<T, O> && p.channels_last &&
                   (!plan.backward || p.mask_channels == 1)),
         sums_(in_place_ ? 0 : in_flight_ * tile_pixels() * plan.kernel.columns),
@@ -193,10 +197,13 @@ class SweepWorker {
       tile.left = tile.cell_x * plan_.step[1];
       tile.height = std::min(plan_.tile_cells[0] * plan_.step[0], plan_.target[0] - tile.top);
       tile.width = std::min(plan_.tile_cells[1] * plan_.step[1], plan_.target[1] - tile.left);
-      tile.source = sources_.data() + (index - begin) * plan_.tile_size();
+      tile.copy = sources_.get() + (index - begin) * plan_.tile_size();
       tile.first = pixels;
       pixels += tile.height * tile.width;
-      if (list_cells(tile, group)) load(tile, group);
+      tile.source = place_in_map(tile);
+      tile.in_map = tile.source;
+      if (!tile.in_map) tile.source = tile.copy;
+      if (list_cells(tile, group) && !tile.in_map) load(tile, group);
       tiles_.push_back(tile);
     }
     multiply(group, first_panel, end_panel);
@@ -204,6 +211,32 @@ class SweepWorker {
 
   int64_t tile_pixels() const {
     return plan_.tile_cells[0] * plan_.tile_cells[1] * plan_.step[0] * plan_.step[1];
+  }
+
+  // Elements that a strip at the end of a row of cells may reach behind it.
+  int64_t reads_on() const { return (plan_.kernel.strip - 1) * plan_.advance[1] * plan_.pitch; }
+
+  // The tile's first pixel in the source if the tile is all valid and all inside, else null.
+  const C* place_in_map(const Tile& tile) const {
+    if constexpr (std::is_same_v<T, C>) {
+      if (!plan_.in_map) return nullptr;
+      const int64_t top = tile.cell_y * plan_.advance[0] + plan_.first[0];
+      const int64_t left = tile.cell_x * plan_.advance[1] + plan_.first[1];
+      const int64_t height = (tile.height - 1) * plan_.advance[0] + plan_.reach[0];
+      const int64_t width = (tile.width - 1) * plan_.advance[1] + plan_.reach[1];
+      const int64_t rows = plan_.source[0], columns = plan_.source[1];
+      if (top < 0 || left < 0 || top + height > rows || left + width > columns) return nullptr;
+      const int64_t first = (tile.image * rows + top) * columns + left;
+      const int64_t end = (first + (height - 1) * columns + width) * plan_.pitch + reads_on();
+      if (end > plan_.batch * rows * columns * plan_.pitch) return nullptr;
+      const uint8_t* mask =
+          p_.mask + ((p_.mask_batch == 1 ? 0 : tile.image) * rows + top) * columns + left;
+      for (int64_t y = 0; y < height; ++y) {
+        if (!all_valid(mask + y * columns, width)) return nullptr;
+      }
+      return source_.data + first * plan_.pitch;
+    }
+    return nullptr;
   }
 
   // Whether there is a cell that is not empty.
@@ -215,26 +248,32 @@ class SweepWorker {
       const A* ratio = ratio_.data();
       if (plan_.backward) {
         target_validity(n, group, tile.top + y, tile.left, tile.width);
+      } else if (tile.in_map) {
+        std::fill_n(ratio_.begin(), tile.width, A{1});
+        write_valid(tile, n, group, y);
       } else {
         const int32_t* counts = counts_.row(n, ratio_group, tile.top + y);
         counts_.ratios(counts, tile.left, tile.left + tile.width, ratio_.data());
-        if (writes_valid_ && tile.image < p_.mask_batch && group < p_.ratio_groups()) {
-          uint8_t* valid = p_.valid +
-                           ((n * p_.ratio_groups() + ratio_group) * p_.out_height + tile.top + y) *
-                               p_.out_width +
-                           tile.left;
-          for (int64_t x = 0; x < tile.width; ++x) valid[x] = ratio[x] > 0;
-        }
+        write_valid(tile, n, group, y);
       }
       const int64_t in_row = y % plan_.step[0] * plan_.step[1];
-      const int64_t source_y = y / plan_.step[0] * plan_.advance[0] * plan_.tile_pixels[1];
+      const int64_t columns = tile.in_map ? plan_.source[1] : plan_.tile_pixels[1];
+      const int64_t source_y = y / plan_.step[0] * plan_.advance[0] * columns;
       for (int64_t a = 0; a < plan_.step[1]; ++a) {
         const int64_t at = (tile.cell_y + y / plan_.step[0]) * plan_.advance[0];
-        Rows* rows = rows_of(in_row + a, at);
+        Rows* rows = rows_of(in_row + a, at, tile.in_map);
         any = list_row(tile, rows, ratio, y, a, tile.source + source_y * plan_.pitch) || any;
       }
     }
     return any;
+  }
+
+  // Of row y of the tile, from the ratio; once for each mask.
+  void write_valid(const Tile& tile, int64_t n, int64_t group, int64_t y) {
+    if (!writes_valid_ || tile.image >= p_.mask_batch || group >= p_.ratio_groups()) return;
+    const int64_t row = (n * p_.ratio_groups() + group) * p_.out_height + tile.top + y;
+    uint8_t* valid = p_.valid + row * p_.out_width + tile.left;
+    for (int64_t x = 0; x < tile.width; ++x) valid[x] = ratio_[x] > 0;
   }
 
   // Lists the cells of one phase in a row of the tile: pixels a, a + step, ... of row y.
@@ -256,6 +295,14 @@ class SweepWorker {
     A* ratio_at = rows->ratio.data() + listed;
     int64_t* place_at = rows->place.data() + listed;
     int64_t kept = 0;
+    if (tile.in_map) {  // every cell counts
+      for (; kept < most; ++kept) source_at[kept] = from + kept * advance;
+      for (int64_t i = 0; i < most * strip; ++i) {
+        ratio_at[i] = i < cells ? A(1) : A(0);
+        place_at[i] = i < cells ? place + i : kNowhere;
+      }
+      return true;
+    }
     for (int64_t i = 0; i < cells; i += strip, from += advance) {
       bool filled = false;
       for (int64_t m = 0; m < strip; ++m, place += next) {
@@ -277,16 +324,17 @@ class SweepWorker {
   }
 
   // The list of a phase's cells at row `at` of the source; null if no tap meets it.
-  Rows* rows_of(int64_t phase, int64_t at) {
+  Rows* rows_of(int64_t phase, int64_t at, bool in_map) {
     const std::vector<int64_t>& offsets = plan_.phases[phase].run_rows;
     const auto first = std::lower_bound(offsets.begin(), offsets.end(), -at) - offsets.begin();
     const auto last =
         std::lower_bound(offsets.begin(), offsets.end(), plan_.source[0] - at) - offsets.begin();
     if (first == last) return nullptr;
     for (Rows& rows : rows_) {
-      if (rows.phase == phase && rows.first_run == first && rows.end_run == last) return &rows;
+      const bool same_runs = rows.first_run == first && rows.end_run == last;
+      if (rows.phase == phase && same_runs && rows.in_map == in_map) return &rows;
     }
-    rows_.push_back({phase, first, last, {}, {}, {}});
+    rows_.push_back({phase, first, last, in_map, {}, {}, {}});
     return &rows_.back();
   }
 
@@ -309,7 +357,7 @@ class SweepWorker {
     const int64_t from = std::clamp<int64_t>(-left, 0, width);
     const int64_t to = std::clamp<int64_t>(plan_.source[1] - left, from, width);
     for (int64_t y = 0; y < plan_.tile_pixels[0]; ++y) {
-      C* row = tile.source + y * width * pitch;
+      C* row = tile.copy + y * width * pitch;
       if (top + y < 0 || top + y >= plan_.source[0]) {
         std::fill(row, row + width * pitch, C{});
         continue;
@@ -359,6 +407,7 @@ class SweepWorker {
       for (const int64_t place : empty_) std::fill_n(base + place * pitch, width, O{});
       for (const Rows& rows : rows_) {
         const Phase& phase = plan_.phases[rows.phase];
+        const int64_t* runs = (rows.in_map ? phase.map_runs : phase.runs).data();
         const C* packed = static_cast<const C*>(p_.packed) + index * plan_.panel_size +
                           phase.packed + rows.first_run * phase.run_length * columns;
         for (size_t row = 0; row < rows.place.size(); row += step) {
@@ -367,9 +416,9 @@ class SweepWorker {
             out_[m] = place == kNowhere ? nullptr : base + place * pitch;
           }
           plan_.kernel.run({rows.source.data() + row / strip, plan_.advance[1] * plan_.pitch,
-                            phase.runs.data() + rows.first_run, rows.end_run - rows.first_run,
-                            phase.run_length, packed, rows.ratio.data() + row,
-                            bias_.data() + index * columns, slope, out_.data(), width});
+                            runs + rows.first_run, rows.end_run - rows.first_run, phase.run_length,
+                            packed, rows.ratio.data() + row, bias_.data() + index * columns, slope,
+                            out_.data(), width});
         }
       }
       if (in_place_) continue;
@@ -418,8 +467,8 @@ class SweepWorker {
   const PartialConvBackwardParams& p_;
   const Plan& plan_;
   WindowCounts counts_;
-  int64_t in_flight_;  // tiles
-  std::vector<C> sources_;
+  int64_t in_flight_;             // tiles
+  std::unique_ptr<C[]> sources_;  // filled tile by tile
   bool writes_valid_ = false;
   bool in_place_;               // results go to the target
   std::vector<O> sums_;         // (pixels of all tiles, columns)

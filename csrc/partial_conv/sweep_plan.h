@@ -23,6 +23,7 @@ struct Phase {
   int64_t y, x;  // first pixel in the target
   std::vector<Tap> taps;
   std::vector<int64_t> runs;      // of the micro-kernel, in elements of a tile
+  std::vector<int64_t> map_runs;  // the same in elements of the source's own map
   std::vector<int64_t> run_rows;  // offset of each in the source, in rows, ascending
   int64_t run_length = 0;
   int64_t packed = 0;  // first element of its panel within the panels of a group's columns
@@ -37,10 +38,12 @@ struct SweepPlan {
   using Result = O;
   static constexpr int64_t kTileBytes = 1024 * 1024;  // of source tiles in flight: of an L2
   static constexpr int64_t kTileCells = 1024;         // whose sums are held beside them
+  static constexpr int64_t kMapCells = 256;           // of a tile that may be read in its place
   static constexpr int64_t kUnits = 64;               // of work, for an even share of each thread
 
   MicroKernel<C, A, O> kernel;
   bool backward;
+  bool in_map;  // whether a tile where nothing is masked is as it would be copied
   int64_t batch;
   int64_t source_channels, target_channels;  // of one group
   int64_t pitch;                             // source channels, padded to the kernel's depth
@@ -65,6 +68,8 @@ struct SweepPlan {
     weight_group = p.weight_strides[0] * out;
     pitch = (source_channels + kernel.depth - 1) / kernel.depth * kernel.depth;
     panels = (target_channels + kernel.columns - 1) / kernel.columns;
+    in_map = std::is_same_v<T, C> && !backward && p.channels_last && p.groups == 1 &&
+             p.mask_channels == 1 && pitch == source_channels;
     const int64_t in_size[2] = {p.in_height, p.in_width}, out_size[2] = {p.out_height, p.out_width};
     for (int axis = 0; axis < 2; ++axis) {
       step[axis] = backward ? p.stride[axis] : 1;
@@ -121,7 +126,8 @@ struct SweepPlan {
              pitch * int64_t(sizeof(C));
     };
     const auto fits = [&](int64_t rows, int64_t columns) {
-      return bytes(rows, columns) <= kTileBytes && rows * columns * pixels_a_cell <= kTileCells;
+      const int64_t most = in_map ? kMapCells : kTileCells;
+      return bytes(rows, columns) <= kTileBytes && rows * columns * pixels_a_cell <= most;
     };
     int64_t columns = cells[1], rows = 1;
     while (columns > 32 && !fits(1, columns)) columns = (columns + 1) / 2;
@@ -157,6 +163,7 @@ struct SweepPlan {
       const Tap& tap = made.taps[i];
       made.run_rows.push_back(tap.y);
       made.runs.push_back(((tap.y - first[0]) * tile_pixels[1] + tap.x - first[1]) * pitch);
+      made.map_runs.push_back(((tap.y - first[0]) * source[1] + tap.x - first[1]) * pitch);
     }
     return made;
   }

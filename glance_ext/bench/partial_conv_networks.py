@@ -77,8 +77,9 @@ GLOBAL_NET = tuple(
 )
 # Groups of few channels, as in MobileNet (one each) and ResNeXt, with a hole of a quarter.
 GROUPED = tuple(
-    Shape(4, c, side, c, 3, 1, 1, side // 2, groups=groups, where="grouped")
+    Shape(4, c, side, c, 3, 1, 1, side // 2, last, groups=groups, where="grouped")
     for c, side, groups in ((32, 112, 32), (192, 28, 192), (128, 56, 32), (256, 28, 8))
+    for last in ((False, True) if groups == c else (False,))
 )
 SHAPES = inpainting_unet(256) + inpainting_unet(512) + GLOBAL_NET + RESNET50 + GROUPED
 QUICK_SHAPES = (
