@@ -12,7 +12,7 @@ demo: setup
 	$(BIN)/glance-ext demo --output demo-report --overwrite
 
 test: setup
-	$(BIN)/python -m pytest --cov=glance_ext --cov-fail-under=90 --durations=10
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov=glance_ext --cov-fail-under=90 --durations=10
 
 lint: setup
 	$(BIN)/ruff check .

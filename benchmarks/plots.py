@@ -96,7 +96,7 @@ def load(folder: Path, suite: str) -> list[Run]:
 def regions(folder: Path = RESULTS) -> dict[str, str]:
     """The text of every region by name."""
     detect, ops = load(folder, "detect"), load(folder, "ops")
-    convolutions = load(folder, "partial-conv")
+    convolutions, training = load(folder, "partial-conv"), load(folder, "train")
     return {
         "detect-sentence": sentence(detect[0]),
         "detect-goal": goal_table(detect),
@@ -105,6 +105,8 @@ def regions(folder: Path = RESULTS) -> dict[str, str]:
         "detect-batches": batch_table(detect),
         "detect-sizes": size_table(detect),
         "detect-files": files(detect),
+        "train-files": files(training),
+        "train-steps": train_table(training),
         "ops-files": files(ops),
         "partial-conv-files": files(convolutions),
         "partial-conv-summary": network_table(convolutions, ("all",)),
@@ -340,6 +342,38 @@ def network_table(runs: Iterable[Run], networks: Container[str] | None = None) -
                     *found("nvidia", "ours", min),
                     *found("nvidia-compiled", "ours", min),
                     found("ours-library", "ours-fused", min)[0],
+                ]
+            )
+    return table(head, body)
+
+
+def train_table(runs: Iterable[Run]) -> str:
+    """Steps of joint training: patches a second, and how many times those of other ways."""
+    head = (
+        "machine, dtype", "patches lie", "patches an image", "reference ms", "patch by patch ms",
+        "ours ms, nothing kept", "ours ms", "ours: patches a second", "reference / ours",
+        "patch by patch / ours", "ours / limit",
+    )  # fmt: skip
+    body = []
+    for run in runs:
+        for case in dict.fromkeys(case for case, _ in run.rows):
+            shapes = run.metadata["shapes"][case]
+            where = shapes["positions"]
+            median = run.get(case, "ours")
+            assert median is not None
+            body.append(
+                [
+                    f"{run.machine}, {run.dtype}",
+                    "anywhere" if where == "uniform" else f"on a stride-{where} grid",
+                    str(shapes["holes_per_image"]),
+                    ms(run.get(case, "reference")),
+                    ms(run.get(case, "patches")),
+                    ms(run.get(case, "ours-unkept")),
+                    ms(median),
+                    number(shapes["patches"] * 1e3 / median),
+                    times(run.ratio(case, "reference", "ours")),
+                    times(run.ratio(case, "patches", "ours")),
+                    times(run.ratio(case, "ours", "limit")),
                 ]
             )
     return table(head, body)

@@ -1,5 +1,6 @@
 """What all tests share: the device they run on, and the seed."""
 
+import os
 import random
 import signal
 import sys
@@ -15,6 +16,12 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 # A shell starts its background jobs with SIGINT ignored, and what is ignored stays so by design.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Test runs side by side share the cores, and so do the processes that they start.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if WORKERS > 1:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 DEVICES = ["cpu"]
 if torch.cuda.is_available():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -343,85 +344,78 @@ def test_cuda_sources_compile_without_torch_or_gpu_and_spill_no_register(
     assert set(spilled) == {("0", "0")}
 
 
-def cmake_build(folder: Path, target: str, *options: str) -> subprocess.CompletedProcess:
-    """Configures, builds one target, and runs the C++ tests that are then there."""
-    cmake, ctest = tool("cmake"), tool("ctest")
-    if cmake is None or ctest is None:
-        pytest.skip("cmake is not installed")
+QUICKLY = "-DCMAKE_CXX_FLAGS_RELEASE=-O0"
+
+
+def run(program: object, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [tool(str(program)) or str(program), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+def succeeded(result: subprocess.CompletedProcess[str]) -> str:
+    said = result.stdout + result.stderr
+    assert result.returncode == 0, said
+    assert "warning:" not in said.lower(), said
+    return result.stdout
+
+
+def configure(source: Path, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
-    steps = [
-        [cmake, *ninja, "-S", str(ROOT), "-B", str(folder), "-DGLANCE_EXT_CUDA=OFF", *options],
-        [cmake, "--build", str(folder), "--target", target, "--parallel", "2"],
-    ]
-    for step in steps:
-        result = subprocess.run(step, capture_output=True, text=True, timeout=600)
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert "warning:" not in result.stdout + result.stderr, result.stdout + result.stderr
-    chosen = [] if target == "all" else ["-R", target.removesuffix("_test")]
-    return subprocess.run(
-        [ctest, "--test-dir", str(folder), "--output-on-failure", *chosen],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return run("cmake", *ninja, "-DCMAKE_BUILD_TYPE=Release", "-S", source, "-B", folder, *options)
+
+
+def cmake_build(folder: Path, *options: str, targets: Sequence[str] = ("all",)) -> None:
+    """Configures and builds some targets without CUDA."""
+    if tool("cmake") is None or tool("ctest") is None:
+        pytest.skip("cmake is not installed")
+    succeeded(configure(ROOT, folder, "-DGLANCE_EXT_CUDA=OFF", *options))
+    succeeded(run("cmake", "--build", folder, "--parallel", "2", "--target", *targets))
+
+
+@pytest.fixture(scope="module")
+def op_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build folder of the op library for C++ and of its test program."""
+    folder = tmp_path_factory.mktemp("op_library")
+    options = ["-DGLANCE_EXT_TORCH=ON", f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"]
+    targets = ("glance_kernels", "glance_ops", "op_library_test")
+    cmake_build(folder, *options, QUICKLY, targets=targets)
+    return folder
 
 
 @pytest.mark.slow
 def test_kernels_build_and_pass_their_tests_without_torch(tmp_path: Path) -> None:
-    result = cmake_build(tmp_path, "all")
-    assert result.returncode == 0, result.stdout
-    assert "100% tests passed, 0 tests failed out of 6" in result.stdout
+    cmake_build(tmp_path)
+    said = succeeded(run("ctest", "--test-dir", tmp_path, "--output-on-failure"))
+    assert "100% tests passed, 0 tests failed out of 6" in said
 
 
 @pytest.mark.slow
-def test_ops_build_and_run_in_a_program_without_python(tmp_path: Path) -> None:
-    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    quickly = "-DCMAKE_CXX_FLAGS_RELEASE=-O0"
-    result = cmake_build(tmp_path, "op_library_test", "-DGLANCE_EXT_TORCH=ON", prefix, quickly)
-    assert result.returncode == 0, result.stdout
-    assert "100% tests passed, 0 tests failed out of 1" in result.stdout
+def test_ops_build_and_run_in_a_program_without_python(op_library: Path) -> None:
+    said = succeeded(run("ctest", "--test-dir", op_library, "--output-on-failure", "-R", "op_lib"))
+    assert "100% tests passed, 0 tests failed out of 1" in said
 
 
 @pytest.mark.slow
-def test_installed_package_serves_programs_of_other_projects(tmp_path: Path) -> None:
-    cmake = tool("cmake")
-    if cmake is None:
-        pytest.skip("cmake is not installed")
+def test_installed_package_serves_programs_of_other_projects(
+    op_library: Path, tmp_path: Path
+) -> None:
     prefix, torch_prefix = tmp_path / "prefix", torch.utils.cmake_prefix_path
-    ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
-    quickly = "-DCMAKE_CXX_FLAGS_RELEASE=-O0"
-
-    def run(*command: str) -> subprocess.CompletedProcess:
-        return subprocess.run(command, capture_output=True, text=True, timeout=600)
-
-    def configure(source: Path, folder: str, *options: str) -> subprocess.CompletedProcess:
-        common = [*ninja, "-DCMAKE_BUILD_TYPE=Release", quickly]
-        return run(cmake, *common, "-S", str(source), "-B", str(tmp_path / folder), *options)
-
-    def succeeded(result: subprocess.CompletedProcess) -> str:
-        said = result.stdout + result.stderr
-        assert result.returncode == 0, said
-        assert "warning:" not in said.lower(), said
-        return result.stdout
-
-    build = str(tmp_path / "library")
-    options = ["-DGLANCE_EXT_CUDA=OFF", "-DGLANCE_EXT_TORCH=ON", "-DGLANCE_EXT_TESTS=OFF"]
-    succeeded(configure(ROOT, "library", *options, f"-DCMAKE_PREFIX_PATH={torch_prefix}"))
-    succeeded(run(cmake, "--build", build, "--parallel", "2"))
-    succeeded(run(cmake, "--install", build, "--prefix", str(prefix)))
-    shutil.rmtree(build)  # nothing of it may be needed any more
+    succeeded(run("cmake", "--install", op_library, "--prefix", prefix))
     for file in prefix.rglob("*.cmake"):
-        assert str(ROOT) not in file.read_text()
-        assert torch_prefix not in file.read_text()
+        text = file.read_text()
+        assert not [path for path in (ROOT, op_library, torch_prefix) if str(path) in text]
 
-    program = ROOT / "tests" / "cpp" / "installed"
-    paths = f"-DCMAKE_PREFIX_PATH={prefix};{torch_prefix}"
-    succeeded(configure(program, "program", paths))
-    succeeded(run(cmake, "--build", str(tmp_path / "program"), "--parallel", "2"))
-    assert succeeded(run(str(tmp_path / "program" / "ops_program"))) == "right\n"
-    assert succeeded(run(str(tmp_path / "program" / "kernels_program"))) == "1.33333\n"
-
-    alone = configure(program, "alone", f"-DCMAKE_PREFIX_PATH={prefix}")
+    away = op_library.rename(tmp_path / "library")  # nothing of it may be needed any more
+    try:
+        program, paths = ROOT / "tests" / "cpp" / "installed", "-DCMAKE_PREFIX_PATH="
+        built = tmp_path / "program"
+        succeeded(configure(program, built, f"{paths}{prefix};{torch_prefix}", QUICKLY))
+        succeeded(run("cmake", "--build", built, "--parallel", "2"))
+        assert succeeded(run(built / "ops_program")) == "right\n"
+        assert succeeded(run(built / "kernels_program")) == "1.33333\n"
+        alone = configure(program, tmp_path / "alone", f"{paths}{prefix}")
+    finally:
+        away.rename(op_library)
     assert alone.returncode != 0
     version = torch.__version__.partition("+")[0]
     message = " ".join(alone.stderr.split())

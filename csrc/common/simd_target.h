@@ -23,13 +23,17 @@
 #define GLANCE_RESTRICT __restrict
 #endif
 
-// In front of a loop of a constant length.
+// In front of a loop of a constant length, and of one whose count only the caller knows.
+#define GLANCE_PRAGMA(text) _Pragma(#text)
 #if defined(__clang__)
 #define GLANCE_UNROLL _Pragma("unroll")
+#define GLANCE_UNROLL_BY(count) GLANCE_PRAGMA(unroll(count))
 #elif defined(__GNUC__)
 #define GLANCE_UNROLL _Pragma("GCC unroll 32")
+#define GLANCE_UNROLL_BY(count) GLANCE_PRAGMA(GCC unroll count)
 #else
 #define GLANCE_UNROLL
+#define GLANCE_UNROLL_BY(count)
 #endif
 
 namespace glance {

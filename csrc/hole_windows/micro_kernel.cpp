@@ -168,6 +168,7 @@ void avx2(const MicroTile<float, float, float>& tile) {
     const float* row[kRows];  // in registers, which the rows' pointers in memory would not be
     GLANCE_UNROLL
     for (int m = 0; m < kRows; ++m) row[m] = tile.rows[m] + tile.runs[r];
+    GLANCE_UNROLL_BY(4)
     for (int64_t k = 0; k < tile.run_length; ++k, b += kVectors * 8) {
       __m256 column[kVectors];
       GLANCE_UNROLL

@@ -16,13 +16,15 @@ using Run = void (*)(const OuterTile&);
 template <int kRows>
 void plain(const OuterTile& tile) {
   constexpr int kColumns = 8;
+  float sum[kRows * kColumns] = {};
   for (int64_t w = 0; w < tile.count; ++w) {
     const float* a = tile.source + tile.places[w];
     const float* b = tile.panel + w * kColumns;
     for (int m = 0; m < kRows; ++m) {
-      for (int n = 0; n < kColumns; ++n) tile.sums[m * kColumns + n] += a[m] * b[n];
+      for (int n = 0; n < kColumns; ++n) sum[m * kColumns + n] += a[m] * b[n];
     }
   }
+  for (int i = 0; i < kRows * kColumns; ++i) tile.sums[i] += sum[i];
 }
 
 #ifdef GLANCE_X86
@@ -33,9 +35,7 @@ void avx512(const OuterTile& tile) {
   GLANCE_UNROLL
   for (int m = 0; m < kRows; ++m) {
     GLANCE_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      sum[m][v] = _mm512_loadu_ps(tile.sums + (m * kVectors + v) * 16);
-    }
+    for (int v = 0; v < kVectors; ++v) sum[m][v] = _mm512_setzero_ps();
   }
   const float* b = tile.panel;
   for (int64_t w = 0; w < tile.count; ++w, b += kVectors * 16) {
@@ -54,7 +54,8 @@ void avx512(const OuterTile& tile) {
   for (int m = 0; m < kRows; ++m) {
     GLANCE_UNROLL
     for (int v = 0; v < kVectors; ++v) {
-      _mm512_storeu_ps(tile.sums + (m * kVectors + v) * 16, sum[m][v]);
+      float* to = tile.sums + (m * kVectors + v) * 16;
+      _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[m][v]));
     }
   }
 }
@@ -64,8 +65,7 @@ __attribute__((target("avx2,fma"))) void avx2(const OuterTile& tile) {
   __m256 sum[kRows][2];
   GLANCE_UNROLL
   for (int m = 0; m < kRows; ++m) {
-    sum[m][0] = _mm256_loadu_ps(tile.sums + m * 16);
-    sum[m][1] = _mm256_loadu_ps(tile.sums + m * 16 + 8);
+    sum[m][0] = sum[m][1] = _mm256_setzero_ps();
   }
   const float* b = tile.panel;
   for (int64_t w = 0; w < tile.count; ++w, b += 16) {
@@ -80,8 +80,9 @@ __attribute__((target("avx2,fma"))) void avx2(const OuterTile& tile) {
   }
   GLANCE_UNROLL
   for (int m = 0; m < kRows; ++m) {
-    _mm256_storeu_ps(tile.sums + m * 16, sum[m][0]);
-    _mm256_storeu_ps(tile.sums + m * 16 + 8, sum[m][1]);
+    float* to = tile.sums + m * 16;
+    _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), sum[m][0]));
+    _mm256_storeu_ps(to + 8, _mm256_add_ps(_mm256_loadu_ps(to + 8), sum[m][1]));
   }
 }
 #endif

@@ -2,8 +2,10 @@
 //
 //   sums[m][n] += sum_w source[places[w] + m] * panel[w][n]
 //
-// Its `rows` are neighbours in memory, so that one address serves all of them. The kernel of
-// micro_kernel.h, whose rows stand anywhere, would load an address for every product here.
+// A tile's windows are summed by themselves and then added, so that the rounding of many thousands
+// of windows grows with their tiles rather than with their number. Its `rows` are neighbours in
+// memory, so that one address serves all of them. The kernel of micro_kernel.h, whose rows stand
+// anywhere, would load an address for every product here.
 #pragma once
 
 #include <cstdint>

@@ -54,6 +54,7 @@ _ORDER = (
     "nvidia",
     "nvidia-compiled",
     "ours",
+    "ours-unkept",
     "ours-fused",
     "ours-library",
     "conv2d",

@@ -8,6 +8,7 @@ import torch
 
 from glance_ext.bench import detect as detection
 from glance_ext.bench import partial_conv, partial_conv_networks, patch_scores
+from glance_ext.bench import train as training
 from glance_ext.bench.cases import Case
 
 # (dtype, device, seed, quick) -> cases
@@ -32,4 +33,14 @@ def partial_conv_suite(
     yield from partial_conv_networks.cases(dtype, device, seed, quick)
 
 
-SUITES: dict[str, Suite] = {"detect": detect, "ops": ops, "partial-conv": partial_conv_suite}
+def train(dtype: torch.dtype, device: torch.device, seed: int, quick: bool) -> Iterator[Case]:
+    """Steps of joint training."""
+    yield from training.cases(dtype, device, seed, quick)
+
+
+SUITES: dict[str, Suite] = {
+    "detect": detect,
+    "ops": ops,
+    "partial-conv": partial_conv_suite,
+    "train": train,
+}

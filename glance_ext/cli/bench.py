@@ -33,10 +33,13 @@ def command(
     device: torch.device,
     json_file: Path | None,
 ) -> None:
-    """Measure SUITE (ops or detect) against reference, limit and peers.
+    """Measure SUITE (ops, partial-conv, detect or train) against reference, limit and peers.
 
-    ops: masked convolution and score aggregation alone. detect: from images to maps, whole and by
-    stage, and how its time grows with grid, batch and image size; about four minutes on two cores.
+    ops: masked convolution and score aggregation alone. partial-conv: the layers of whole networks,
+    forward and with backward, beside plain conv2d and NVIDIA's formulation; a quarter of an hour on
+    two cores. detect: from images to maps, whole and by stage, and how its time grows with grid,
+    batch and image size; about four minutes. train: a step of joint training by how many patches
+    come from one image; about two minutes.
 
     Correctness comes first: a variant that gives a wrong answer is not timed, it ends the run.
     benchmarks/README.md states how everything is measured.

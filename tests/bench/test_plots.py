@@ -88,6 +88,25 @@ def test_ratios_of_the_ops_have_a_row_for_each_case(suite: str, op: str, region:
     assert set(shown) == cases
 
 
+def test_a_training_steps_row_has_its_patches_a_second(tmp_path: Path) -> None:
+    (path, *_) = plots.RESULTS.glob("train--*.json")
+    data = json.loads(path.read_text(encoding="utf-8"))
+    case = next(iter(data["metadata"]["shapes"]))
+    data["metadata"]["shapes"] = {
+        case: {"patches": 32, "holes_per_image": 8, "positions": "4", "images": 4}
+    }
+    data["results"] = [
+        {"case": case, "variant": variant, "median_ms": time}
+        for variant, time in (("ours", 64), ("reference", 320), ("limit", 32))
+    ]
+    (tmp_path / path.name).write_text(json.dumps(data), encoding="utf-8")
+    (*_, row) = plots.train_table(plots.load(tmp_path, "train")).splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[1:] == [
+        "on a stride-4 grid", "8", "320", "-", "-", "64.0", "500", "5.00x", "-", "2.00x",
+    ]  # fmt: skip
+
+
 def test_a_networks_row_has_the_mean_and_the_worst_of_its_layers(tmp_path: Path) -> None:
     (path, *_) = plots.RESULTS.glob("partial-conv--*.json")
     data = json.loads(path.read_text(encoding="utf-8"))

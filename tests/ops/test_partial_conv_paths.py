@@ -23,6 +23,9 @@ SHAPES = {
     "one pixel": (32, 16, 6, 5, 1, 1, 0, 1, 1),
     "dilated": (16, 24, 17, 14, 3, 1, 2, 2, 1),
     "strided": (24, 32, 15, 16, 5, 3, 2, 1, 1),
+    "tiles": (4, 20, 30, 40, 3, 1, 0, 1, 1),  # some of them all valid and all inside
+    "tiles strided": (3, 16, 75, 90, 7, 2, 0, 1, 1),
+    "tiles dilated": (16, 8, 64, 50, 3, 2, 1, 3, 1),
     "groups": (24, 48, 10, 12, 3, 2, 1, 1, 3),
     "depthwise": (16, 16, 12, 9, 3, 1, 1, 1, 16),
     "depthwise strided": (19, 19, 13, 17, 3, 2, 1, 1, 19),
@@ -52,17 +55,23 @@ def results(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
-    ("shape", "multi_channel"),
-    [(s, False) for s in SHAPES] + [(s, True) for s in SHAPES if s.startswith("depthwise")],
+    ("shape", "holes"),
+    [(s, "scattered") for s in SHAPES if not s.startswith("tiles")]
+    + [(s, "small") for s in SHAPES]
+    + [(s, "by channel") for s in SHAPES if s.startswith("depthwise")],
 )
 def test_both_paths_agree_with_the_specification(
-    shape: str, multi_channel: bool, layout: str, dtype: torch.dtype
+    shape: str, holes: str, layout: str, dtype: torch.dtype
 ) -> None:
     channels, out, height, width, kernel, stride, padding, dilation, groups = SHAPES[shape]
     random = torch.Generator().manual_seed(list(SHAPES).index(shape))
     size = (2, channels, height, width)
-    mask = torch.rand(2, channels if multi_channel else 1, height, width, generator=random) > 0.3
-    mask[..., : height // 2 + kernel, : width // 2 + kernel] = False  # windows with nothing in them
+    mask = torch.ones(2, channels if holes == "by channel" else 1, height, width, dtype=torch.bool)
+    if holes == "small":  # in one image
+        mask[1, :, height // 3 : height // 3 + 2, width // 4 : width // 4 + 2] = False
+    else:
+        mask &= torch.rand(mask.shape, generator=random) > 0.3
+        mask[..., : height // 2 + kernel, : width // 2 + kernel] = False  # windows without a pixel
     image = torch.randn(size, generator=random).masked_fill(~mask, float("nan"))
     taps = channels // groups * kernel**2
     weight = torch.randn(out, channels // groups, kernel, kernel, generator=random) / taps**0.5

@@ -1,0 +1,79 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from glance_ext.bench import run_suite
+from glance_ext.bench import train as suite
+from glance_ext.bench.cases import WrongResultError, check
+from glance_ext.errors import GlanceError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def setup() -> suite._Setup:
+    return suite._Setup(torch.float32, CPU, 0)
+
+
+def test_every_way_to_compute_a_step_gives_the_same_losses_and_gradients(setup) -> None:
+    kept, anywhere = (suite._Step(setup, shape).case() for shape in suite.QUICK_SHAPES)
+    assert set(kept.variants) == {"reference", "patches", "ours", "ours-unkept"}
+    assert set(anywhere.variants) == {"reference", "patches", "ours"}
+    errors = check(kept, torch.float32) | check(anywhere, torch.float32)
+    assert all(0 < error.relative < 1e-3 for error in errors.values())
+    results = kept.variants["ours"].run()
+    assert {"loss", "inconsistency", "distortion"} < results.keys()
+    assert sum(name.startswith("grad_") for name in results) == 3
+
+
+def test_a_wrong_step_is_noticed(setup, monkeypatch) -> None:
+    real = suite.joint_stage
+    monkeypatch.setattr(
+        suite,
+        "joint_stage",
+        lambda model, images, settings, device: real(
+            model, images, replace(settings, lambda_t=0.02), device
+        ),
+    )
+    case = suite._Step(setup, suite.QUICK_SHAPES[1]).case()
+    with pytest.raises(WrongResultError, match=r"variant ours to be within .* in loss"):
+        check(case, torch.float32)
+
+
+def test_the_reference_calls_none_of_our_ops(setup) -> None:
+    called = set()
+
+    class Spy(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.add(func.namespace)
+            return func(*args, **(kwargs or {}))
+
+    variants = suite._Step(setup, suite.QUICK_SHAPES[1]).case().variants
+    with Spy():
+        variants["reference"].run()
+    assert "aten" in called
+    assert "glance_ext" not in called
+    with Spy():
+        variants["ours"].run()
+    assert "glance_ext" in called
+
+
+def test_the_least_work_falls_with_the_patches_that_share_an_image(setup) -> None:
+    one, many = (suite._Step(setup, suite.Shape(holes)).case().work for holes in (1, 8))
+    assert many.flops < 0.6 * one.flops  # what is left is Local-Net's, of the stained patches
+    assert many.bytes < one.bytes
+
+
+def test_a_dtype_that_training_does_not_compute_in_is_refused() -> None:
+    with pytest.raises(GlanceError, match=r"expected float32 or bfloat16, got torch\.float16"):
+        run_suite("train", dtype="float16", quick=True)
