@@ -16,6 +16,7 @@ from glance_ext.engine.loop import Stage
 from glance_ext.engine.settings import TrainSettings
 from glance_ext.errors import GlanceError
 from glance_ext.models.glance import IMAGE_SIZE, PATCH_SIZE, Glance
+from glance_ext.models.global_net import hole_masks
 from glance_ext.models.heads import distortion_loss, inconsistency
 from glance_ext.models.local_net import LocalNet
 from glance_ext.models.local_plan import LocalPlan, pass_multiply_adds
@@ -229,6 +230,8 @@ def joint_stage(
             f"{settings.holes_per_image} holes an image)"
         )
     local_features = _LocalFeatures(model, images, grid, draws, dtype, device)
+    # One hole an image has nothing to share: a masked pass costs less.
+    alone = settings.holes_per_image == 1 and dtype == model.global_net.stem.weight.dtype
 
     side = model.view_size
 
@@ -244,10 +247,14 @@ def joint_stage(
         draw, mine = draw.share(world.rank, world.size)
         patches, stained = patches[mine], stained[mine]
         clean_features, stained_features = local_features(draw, patches, stained)
-        plan = model.plan_holes(draw.origins, device=device, dtype=dtype)
         whole = normalise(images[draw.picks].to(device).to(_wide(dtype))).to(dtype)
-        global_features = model.global_net.shared_features(whole, plan)
-        global_features = global_features.flatten(0, 1)[: draw.count].to(_wide(dtype))
+        if alone:
+            holes = hole_masks(draw.flat_origins * model.patch_scale, model.hole_size, IMAGE_SIZE)
+            global_features = model.global_net(whole, holes.to(device))
+        else:
+            plan = model.plan_holes(draw.origins, device=device, dtype=dtype)
+            global_features = model.global_net.shared_features(whole, plan).flatten(0, 1)
+        global_features = global_features[: draw.count].to(_wide(dtype))
         share = draw.count / count
         iad = share * inconsistency(clean_features, global_features).mean()
         log_odds = model.distortion_head(
