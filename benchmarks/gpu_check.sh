@@ -167,7 +167,7 @@ step "initcheck: holes" holes initcheck --kernel-name kernel_substring=glance
 step "racecheck: windows" windows racecheck --kernel-name kernel_substring=glance
 step "initcheck: windows" windows initcheck --kernel-name kernel_substring=glance
 # float32 may round the factors of its products to TF32, as torch's convolutions do by default.
-for suite in ops partial-conv detect; do
+for suite in ops partial-conv detect train; do
   for dtype in float32 bfloat16; do
     step "bench: $suite $dtype" bench "$suite" "$dtype"
   done

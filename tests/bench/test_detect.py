@@ -16,16 +16,8 @@ from glance_ext.models.normalisation import normalise
 from glance_ext.ops import aggregate_patch_scores
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
 FEW = [(0, 0), (3, 200), (223, 223), (100, 57)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads that wait for each other cost most where several test runs share a machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
