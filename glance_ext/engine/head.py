@@ -19,13 +19,17 @@ from glance_ext.models.heads import distortion_loss
 from glance_ext.models.normalisation import normalise
 
 _MOST_IMAGES = 1500
-_BATCH = 64  # images, each with all patches of the grid
+_MOST_PATCHES = 8192  # whose features are kept, where the grid has more
+_GROUP = 4  # patches of one image that are then drawn together
+_BATCH = 64  # such groups, or images with all patches of the grid
 
 
 def head_stage(
     model: Glance, images: Tensor | Enlarged, settings: TrainSettings, device: torch.device
 ) -> Stage:
-    """``l_DAD`` alone, on all patches of the grid that is scored, each once distorted.
+    """``l_DAD`` alone, on patches of the grid that is scored, each once distorted.
+
+    On all of them where they are few, else on some thousands, as many of each image.
 
     Args:
         model: Its distortion head is trained in place.
@@ -55,20 +59,37 @@ def head_stage(
 def _features(
     model: Glance, images: Tensor | Enlarged, settings: TrainSettings, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Local features of patches as they are and distorted, and global ones, ``(N, P, n)`` each."""
+    """Local features of patches as they are and distorted, and global ones, ``(N, P, n)`` each.
+
+    ``N`` images with all their patches, or groups of patches drawn from each image.
+    """
     model.eval()
     grid = patch_grid(settings.grid, image_size=model.view_size)
     plan = model.plan(grid.starts, grid.starts, device=device)
+    count = min(len(images), _MOST_IMAGES)
+    groups = max(1, _MOST_PATCHES // count // _GROUP)
+    drawn = groups * _GROUP < len(grid)
     parts = []
-    for first in range(0, min(len(images), _MOST_IMAGES), 8):
-        some = images[first : min(first + 8, _MOST_IMAGES)].float().to(device)
-        owners = torch.arange(len(some), device=device).repeat_interleave(len(grid))
-        origins = grid.origins.repeat(len(some), 1).to(device)
-        patches = crop_from(model.local_view(some), owners, origins, PATCH_SIZE)
+    for first in range(0, count, 8):
+        some = images[first : min(first + 8, count)].float().to(device)
         generator = step_generator(settings.seed, "features", first)
+        places = torch.arange(len(grid)).expand(len(some), -1)
+        if drawn:
+            size = (len(some), groups * _GROUP)
+            places = torch.randint(len(grid), size, generator=generator)
+        owners = torch.arange(len(some)).repeat_interleave(places.shape[1])
+        origins = grid.origins[places].flatten(0, 1)
+        patches = crop_from(
+            model.local_view(some), owners.to(device), origins.to(device), PATCH_SIZE
+        )
         changed = distorted(patches, settings, generator)
         other = model.local_net(normalise(changed)).unflatten(0, (len(some), -1))
-        clean, around = model.grid_features(some, plan)
+        rows = torch.arange(len(some))[:, None]
+        clean, around = (features[rows, places] for features in model.grid_features(some, plan))
         parts.append((clean, other.to(clean), around))
     clean, other, around = (torch.cat(features) for features in zip(*parts, strict=True))
+    if drawn:
+        clean, other, around = (
+            features.reshape(-1, _GROUP, features.shape[-1]) for features in (clean, other, around)
+        )
     return clean, other, around

@@ -81,6 +81,31 @@ def test_it_learns_from_all_patches_of_the_grid_each_once_distorted(
         torch.testing.assert_close(around, model.grid_features(images[:9].float(), plan)[1])
 
 
+def test_of_a_fine_grid_it_learns_from_some_patches_of_every_image(
+    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MOST_IMAGES", 9)
+    monkeypatch.setattr(module, "_MOST_PATCHES", 80)  # 8 of each image
+    real, seen = module.distorted, []
+
+    def spy(patches: Tensor, given: TrainSettings, generator: torch.Generator) -> Tensor:
+        seen.append(patches)
+        return real(patches, given, generator)
+
+    monkeypatch.setattr(module, "distorted", spy)
+    settings = replace(SETTINGS, grid="2")
+    assert len(patch_grid("2", image_size=42)) == 36
+    clean, other, around = module._features(model, images, settings, CPU)
+    assert clean.shape == other.shape == around.shape == (18, 4, 8)
+    patches = torch.cat(seen)
+    assert len(patches) == 72
+    with torch.no_grad():
+        expected = model.local_net(normalise(patches)).reshape(18, 4, 8)
+    torch.testing.assert_close(clean, expected, rtol=1e-3, atol=1e-4)
+    groups = {tuple(group) for group in patches.flatten(1)[:, 0].reshape(9, 8).tolist()}
+    assert len(groups) == 9  # not the same places' pixels again
+
+
 def test_distorted_patches_are_the_negatives(
     model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
