@@ -1,5 +1,6 @@
 """What all tests share: the device they run on, and the seed."""
 
+import importlib.util
 import os
 import random
 import signal
@@ -22,6 +23,13 @@ WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if WORKERS > 1:
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // WORKERS))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# How long an example may take depends on what else the machine does.
+if importlib.util.find_spec("hypothesis"):
+    import hypothesis
+
+    hypothesis.settings.register_profile("patient", deadline=None)
+    hypothesis.settings.load_profile("patient")
 
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
