@@ -75,7 +75,7 @@ class Worker {
         in_map_(plan.source_height),
         inner_{0, p.out_width},
         edges_{p.in_width, p.in_width} {
-    if (std::is_same_v<T, float> && p.channels_last && plan.pitch == p.in_channels) find_inner();
+    if (reads_map()) find_inner();
     if (!backward) return;
     grad_.resize((plan.grad_above + 1) * plan.grad_width * plan.pitch);
     if (p.result) result_.resize(p.out_width * plan.pitch);
@@ -123,6 +123,12 @@ class Worker {
 
  private:
   bool by_channel() const { return p_.mask_channels != 1; }
+
+  // Whether an unmasked row of the input stands in the input as it would in the ring.
+  bool reads_map() const {
+    return std::is_same_v<T, float> && p_.channels_last && plan_.pitch == p_.in_channels &&
+           !by_channel();
+  }
 
   Band band_of(int64_t unit) const {
     const int64_t top = unit % plan_.bands * plan_.rows;
@@ -172,8 +178,7 @@ class Worker {
   }
 
   // A row of the input where nothing is masked is read in its place by the windows that no padding
-  // is in, if a pixel there is what it would be in the ring: which windows these are, and in front
-  // of and behind which columns the others look.
+  // is in: which windows these are, and in front of and behind which columns the others look.
   void find_inner() {
     const int64_t span = (p_.kernel[1] - 1) * p_.dilation[1], padding = p_.padding[1];
     const auto windows = [&](int64_t columns) {  // that begin in front of that column
@@ -207,8 +212,8 @@ class Worker {
   // Where the row stands in the input, or null where it has to be in the ring.
   const float* unmasked_row(const PixelRow& at) const {
     if constexpr (std::is_same_v<T, float>) {
+      if (!reads_map()) return nullptr;
       const FeatureMap<T> map = input_map(p_.input);
-      if (!p_.channels_last || plan_.pitch != p_.in_channels || by_channel()) return nullptr;
       const int64_t n = p_.mask_batch == 1 ? 0 : at.image;
       const uint8_t* mask = p_.mask + (n * p_.in_height + at.y) * p_.in_width;
       return all_valid(mask, p_.in_width) ? map.data + place(map, at) : nullptr;

@@ -13,6 +13,10 @@ from glance_ext.engine.checkpoint import load_checkpoint
 from glance_ext.engine.detector import MODEL_FILE, MODEL_KIND
 from tests.cli.conftest import ROOT
 
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available(), reason="torch without distributed"
+)
+
 TRAIN = ["-m", "glance_ext.cli", "train", "--grid", "33", "--positions", "33", "--steps", "41"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
@@ -26,7 +30,6 @@ def train(*arguments: object, start: list[str]) -> subprocess.CompletedProcess[s
     )
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_two_processes_have_the_loss_curve_of_one(
     good: Path, local_net: Path, tmp_path: Path
 ) -> None:
@@ -52,7 +55,6 @@ def test_two_processes_have_the_loss_curve_of_one(
         assert error < 1e-3, key
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_a_step_that_cannot_be_shared_ends_all_processes(
     good: Path, local_net: Path, tmp_path: Path
 ) -> None:
