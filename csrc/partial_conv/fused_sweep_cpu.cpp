@@ -4,8 +4,8 @@
 // holds a pixel's channels side by side; elsewhere into sums in cache, which are stored in the
 // target's layout.
 #include <cstring>
-#include <memory>
 
+#include "common/workspace.h"
 #include "partial_conv/sweep_plan.h"
 #include "partial_conv/tile_rows.h"
 
@@ -24,7 +24,7 @@ void pack_values(const Plan& plan, const typename Plan::Stored* weight, int64_t 
     for (int64_t c = 0; c < plan.source_channels; ++c) {
       for (size_t tap = 0; tap < phase.taps.size(); ++tap) {
         const auto* from = weight + phase.taps[tap].weight + c * plan.weight_source;
-        C* to = panel + phase.packed + (tap * plan.pitch + c / depth * depth) * columns + c % depth;
+        C* to = panel + phase.packed + (tap * plan.factors + c / depth * depth) * columns + c % depth;
         for (int64_t k = 0; k < real; ++k) to[k * depth] = convert<C>(from[k * plan.weight_column]);
       }
     }
@@ -44,7 +44,7 @@ void pack_blocks(const PartialConvParams& p, const SweepPlan<float, float, float
     for (const Phase& phase : plan.phases) {
       for (size_t tap = 0; tap < phase.taps.size(); ++tap) {
         const float* from = weight + phase.taps[tap].weight;
-        float* to = panel + phase.packed + tap * plan.pitch * columns;
+        float* to = panel + phase.packed + tap * plan.factors * columns;
         if (source_first) {
           transpose(from, plan.weight_column, real, plan.source_channels, to, columns);
           continue;
@@ -70,7 +70,7 @@ void pack_blocks(const PartialConvParams& p, const SweepPlan<float, float, float
           std::memcpy(to + i * columns, windows.data() + (i * taps + tap.weight) * columns,
                       columns * sizeof(float));
         }
-        to += plan.pitch * columns;
+        to += plan.factors * columns;
       }
     }
   }
@@ -87,7 +87,7 @@ void pack(const PartialConvBackwardParams& p, const Plan& plan, int64_t begin, i
     const T* weight =
         static_cast<const T*>(p.weight) + group * plan.weight_group + first * plan.weight_column;
     C* panel = static_cast<C*>(p.packed) + index * plan.panel_size;
-    if (real < plan.kernel.columns || plan.pitch != plan.source_channels) {
+    if (real < plan.kernel.columns || plan.factors != plan.source_channels) {
       std::fill(panel, panel + plan.panel_size, C{});
     }
     if constexpr (std::is_same_v<T, float>) {
@@ -139,7 +139,7 @@ class SweepWorker {
             1, std::min(Plan::kTileBytes / (plan.tile_size() * int64_t(sizeof(C))),
                         Plan::kTileCells / tile_pixels()))),
         // A strip at the end of a row of cells reads on: its other cells are stored nowhere.
-        sources_(new C[in_flight_ * plan.tile_size() + reads_on()]),
+        sources_(in_flight_ * plan.tile_size() + reads_on()),
         in_place_(std::is_same_v<T, O> && p.channels_last &&
                   (!plan.backward || p.mask_channels == 1)),
         sums_(in_place_ ? 0 : in_flight_ * tile_pixels() * plan.kernel.columns),
@@ -197,7 +197,7 @@ class SweepWorker {
       tile.left = tile.cell_x * plan_.step[1];
       tile.height = std::min(plan_.tile_cells[0] * plan_.step[0], plan_.target[0] - tile.top);
       tile.width = std::min(plan_.tile_cells[1] * plan_.step[1], plan_.target[1] - tile.left);
-      tile.copy = sources_.get() + (index - begin) * plan_.tile_size();
+      tile.copy = sources_.data() + (index - begin) * plan_.tile_size();
       tile.first = pixels;
       pixels += tile.height * tile.width;
       tile.source = place_in_map(tile);
@@ -405,24 +405,38 @@ class SweepWorker {
         if (in_place_) base = target() + group * plan_.target_channels + first;
       }
       for (const int64_t place : empty_) std::fill_n(base + place * pitch, width, O{});
-      for (const Rows& rows : rows_) {
-        const Phase& phase = plan_.phases[rows.phase];
-        const int64_t* runs = (rows.in_map ? phase.map_runs : phase.runs).data();
-        const C* packed = static_cast<const C*>(p_.packed) + index * plan_.panel_size +
-                          phase.packed + rows.first_run * phase.run_length * columns;
-        for (size_t row = 0; row < rows.place.size(); row += step) {
-          for (int64_t m = 0; m < step; ++m) {
-            const int64_t place = rows.place[row + m];
-            out_[m] = place == kNowhere ? nullptr : base + place * pitch;
-          }
-          plan_.kernel.run({rows.source.data() + row / strip, plan_.advance[1] * plan_.pitch,
-                            runs + rows.first_run, rows.end_run - rows.first_run, phase.run_length,
-                            packed, rows.ratio.data() + row, bias_.data() + index * columns, slope,
-                            out_.data(), width});
-        }
-      }
+      for (const Rows& rows : rows_) multiply_rows(rows, index, base, pitch, width, slope);
       if (in_place_) continue;
       for (const Tile& tile : tiles_) store(tile, group, panel);
+    }
+  }
+
+  // Cells of one phase times a panel: slice by slice, if an inner cache would not hold all of it.
+  void multiply_rows(const Rows& rows, int64_t index, O* base, int64_t pitch, int64_t width,
+                     A slope) {
+    const int64_t step = plan_.kernel.rows, strip = plan_.kernel.strip;
+    const int64_t columns = plan_.kernel.columns, count = rows.place.size();
+    const Phase& phase = plan_.phases[rows.phase];
+    const int64_t* runs = (rows.in_map ? phase.map_runs : phase.runs).data();
+    const C* packed = static_cast<const C*>(p_.packed) + index * plan_.panel_size + phase.packed;
+    const int64_t all = rows.end_run - rows.first_run;
+    const int64_t run_bytes = phase.run_length * columns * int64_t(sizeof(C));
+    const bool sliced = count > step && all * run_bytes > Plan::kPanelBytes;
+    const int64_t most = sliced ? std::max<int64_t>(1, Plan::kSliceBytes / run_bytes) : all;
+    if (sliced && partial_.size() < count * columns) partial_ = Workspace<A>(count * columns);
+    for (int64_t first = rows.first_run; first < rows.end_run; first += most) {
+      const int64_t end = std::min(first + most, rows.end_run);
+      for (int64_t row = 0; row < count; row += step) {
+        for (int64_t m = 0; m < step; ++m) {
+          const int64_t place = rows.place[row + m];
+          out_[m] = place == kNowhere ? nullptr : base + place * pitch;
+        }
+        plan_.kernel.run(
+            {rows.source.data() + row / strip, plan_.advance[1] * plan_.pitch, runs + first,
+             end - first, phase.run_length, packed + first * phase.run_length * columns,
+             rows.ratio.data() + row, bias_.data() + index * columns, slope, out_.data(), width,
+             partial_.data() + row * columns, first == rows.first_run, end == rows.end_run});
+      }
     }
   }
 
@@ -467,11 +481,12 @@ class SweepWorker {
   const PartialConvBackwardParams& p_;
   const Plan& plan_;
   WindowCounts counts_;
-  int64_t in_flight_;             // tiles
-  std::unique_ptr<C[]> sources_;  // filled tile by tile
+  int64_t in_flight_;     // tiles
+  Workspace<C> sources_;  // filled tile by tile
   bool writes_valid_ = false;
   bool in_place_;               // results go to the target
-  std::vector<O> sums_;         // (pixels of all tiles, columns)
+  Workspace<O> sums_;           // (pixels of all tiles, columns)
+  Workspace<A> partial_;        // (cells, columns): of a panel's first slices
   std::vector<O*> out_;         // of each of the micro-kernel's rows
   std::vector<int64_t> empty_;  // places of cells that are zero
   std::vector<Rows> rows_;

@@ -3,8 +3,11 @@
 // empty, scaled. A term
 // is one tap and channel of a weight, summed over those windows.
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
+#include "common/workspace.h"
+#include "partial_conv/depthwise_loops.h"
 #include "partial_conv/outer_kernel.h"
 #include "partial_conv/partial_conv.h"
 #include "partial_conv/tile_rows.h"
@@ -15,6 +18,7 @@ namespace {
 constexpr int64_t kStepBytes = 2 * 1024 * 1024;
 constexpr int64_t kPanels = 8;   // at the least, to share them among threads whole
 constexpr int64_t kChunk = 256;  // windows whose scaled gradients stay in the innermost cache
+constexpr int64_t kShares = 64;  // of what comes before the products: each has some of everything
 
 template <typename T>
 class WeightGradient {
@@ -43,19 +47,15 @@ class WeightGradient {
         grad_{static_cast<const T*>(p.grad_output), p.out_channels, p.out_height, p.out_width,
               p.channels_last},
         result_{static_cast<const T*>(p.result), p.out_channels, p.out_height, p.out_width,
-                p.channels_last} {
-    int64_t rows = p.out_height;
-    while (rows > 1 && slab_bytes(rows) > kStepBytes) rows = (rows + 1) / 2;
-    slab_height_ = rows;
-    slabs_ = std::max<int64_t>(1, kStepBytes / slab_bytes(rows));
-    const int64_t whole = (p.out_height + rows - 1) / rows * p.batch;
-    slabs_ = std::min(slabs_, std::max<int64_t>(1, whole));
-    one_step_ = slabs_ >= whole && panels_ >= kPanels;
-    const int64_t windows = slabs_ * rows * p.out_width;
-    source_.resize(slabs_ * slab_rows(rows) * width_ * in_);
-    scaled_.resize(windows * panels_ * kernel_.columns);
-    ratio_.resize(windows);
-    places_.resize(windows);
+                p.channels_last},
+        loops_(depthwise_loops()),
+        slab_height_(slab_height()),
+        slabs_(std::clamp<int64_t>(kStepBytes / slab_bytes(slab_height_), 1, all_slabs())),
+        one_step_(slabs_ >= all_slabs() && panels_ >= kPanels),
+        source_(slabs_ * slab_rows(slab_height_) * width_ * in_),
+        scaled_(windows() * panels_ * kernel_.columns),
+        ratio_(windows()),
+        places_(windows()) {
     for (int64_t block = 0; block < blocks_; ++block) {
       const Block at = block_at(block);
       offsets_.push_back((at.y * p.dilation[0] * width_ + at.x * p.dilation[1]) * in_ + at.term);
@@ -91,6 +91,19 @@ class WeightGradient {
     return {run / p_.kernel[1], run % p_.kernel[1], term};
   }
 
+  // How many rows of windows of an image are one slab, how many slabs there are in all, and how
+  // many windows a step has at the most.
+  int64_t slab_height() const {
+    int64_t rows = p_.out_height;
+    while (rows > 1 && slab_bytes(rows) > kStepBytes) rows = (rows + 1) / 2;
+    return rows;
+  }
+  int64_t all_slabs() const {
+    const int64_t of_image = (p_.out_height + slab_height_ - 1) / slab_height_;
+    return std::max<int64_t>(1, of_image * p_.batch);
+  }
+  int64_t windows() const { return slabs_ * slab_height_ * p_.out_width; }
+
   int64_t slab_rows(int64_t rows) const {
     return (rows - 1) * p_.stride[0] + (p_.kernel[0] - 1) * p_.dilation[0] + 1;
   }
@@ -106,18 +119,22 @@ class WeightGradient {
     firsts_.assign(rows + 1, 0);
     parallel_(rows, [&](int64_t begin, int64_t end) { count_windows(group, begin, end); });
     for (int64_t row = 0; row < rows; ++row) firsts_[row + 1] += firsts_[row];
-    bias_rows_.assign(p_.grad_bias ? rows * out_ : 0, 0);
+    bias_rows_.assign(rows * pitch(), 0);
     const int64_t loaded = p_.grad_weight ? source_rows : 0;
-    parallel_(loaded + rows, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < std::min(end, loaded); ++row) load_input(group, row);
-      scale_gradients(group, std::max<int64_t>(begin - loaded, 0), end - loaded);
+    parallel_(kShares, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin * loaded / kShares; row < end * loaded / kShares; ++row) {
+        load_input(group, row);
+      }
+      scale_gradients(group, begin * rows / kShares, end * rows / kShares);
     });
-    for (size_t i = 0; i < bias_rows_.size(); ++i) bias_[i % out_] += bias_rows_[i];
+    for (int64_t row = 0; p_.grad_bias && row < rows; ++row) {
+      for (int64_t k = 0; k < out_; ++k) bias_[k] += bias_rows_[row * pitch() + k];
+    }
     if (p_.grad_weight && one_step_) {
       parallel_(panels_, [&](int64_t begin, int64_t end) {
-        std::vector<A> sums(panel_sums());
+        const Workspace<A> sums(panel_sums());
         for (int64_t panel = begin; panel < end; ++panel) {
-          std::fill(sums.begin(), sums.end(), A{0});
+          std::fill_n(sums.data(), sums.size(), A{0});
           multiply(panel, 0, blocks_, firsts_[rows], sums.data());
           store_rows(group, panel, 0, stored_rows(), sums.data());
         }
@@ -167,37 +184,52 @@ class WeightGradient {
   }
 
   void scale_gradients(int64_t group, int64_t begin, int64_t end) {
-    const int64_t pitch = panels_ * kernel_.columns, width = p_.out_width;
-    std::vector<A> grad(width * pitch), result(p_.result ? width * pitch : 0);
+    const int64_t width = p_.out_width;
+    const Workspace<A> row_of_grad(width * pitch()), result(p_.result ? width * pitch() : 0);
     for (int64_t row = begin; row < end; ++row) {
       const Slab& slab = step_[row / slab_height_];
       const int64_t y = row % slab_height_;
-      if (firsts_[row] == firsts_[row + 1]) continue;
+      const int64_t first = firsts_[row], count = firsts_[row + 1] - first;
+      if (count == 0) continue;
       const PixelRow pixels{slab.image, slab.top + y, 0, width, group * out_, out_};
-      copy_pixels(grad_, pixels, pitch, grad.data());
-      if (p_.result) {
-        copy_pixels(result_, pixels, pitch, result.data());
-        activation_gradient<A>(result.data(), width * pitch, A(p_.negative_slope), grad.data());
-      }
+      // Where they are wanted, if all windows of the row are and one panel has all columns.
+      const bool in_place = count == width && panels_ == 1;
+      A* grad = in_place ? scaled_.data() + first * pitch() : row_of_grad.data();
+      copy_pixels(grad_, pixels, pitch(), grad);
+      if (p_.result) copy_pixels(result_, pixels, pitch(), result.data());
       const A* ratio = ratio_.data() + row * width;
-      const int64_t in_slab = row / slab_height_ * slab_rows(slab_height_) + y * p_.stride[0];
-      int64_t window = firsts_[row];
-      for (int64_t x = 0; x < width; ++x) {
+      const Finish finish{ratio, /*by_channel=*/false, nullptr, float(p_.negative_slope)};
+      loops_.scale(finish, width, pitch(), p_.result ? result.data() : nullptr, grad,
+                   bias_rows_.data() + row * pitch());
+      list_windows(row, ratio);
+      if (!in_place) keep_windows(grad, ratio, first);
+    }
+  }
+
+  // Where the windows of a row that are not empty stand in source_.
+  void list_windows(int64_t row, const A* ratio) {
+    const int64_t y = row % slab_height_ * p_.stride[0];
+    const int64_t start = (row / slab_height_ * slab_rows(slab_height_) + y) * width_;
+    int64_t window = firsts_[row];
+    for (int64_t x = 0; x < p_.out_width; ++x) {
+      if (ratio[x] != 0) places_[window++] = (start + x * p_.stride[1]) * in_;
+    }
+  }
+
+  // Their gradients, panel by panel.
+  void keep_windows(const A* grad, const A* ratio, int64_t first) {
+    const int64_t columns = kernel_.columns;
+    for (int64_t panel = 0; panel < panels_; ++panel) {
+      A* to = scaled_.data() + (panel * ratio_.size() + first) * columns;
+      for (int64_t x = 0; x < p_.out_width; ++x) {
         if (ratio[x] == 0) continue;
-        const A* from = grad.data() + x * pitch;
-        if (p_.grad_bias) {
-          A* sum = bias_rows_.data() + row * out_;
-          for (int64_t k = 0; k < out_; ++k) sum[k] += from[k];
-        }
-        places_[window] = (in_slab * width_ + x * p_.stride[1]) * in_;
-        for (int64_t panel = 0; panel < panels_; ++panel, from += kernel_.columns) {
-          A* to = scaled_.data() + (panel * ratio_.size() + window) * kernel_.columns;
-          for (int64_t k = 0; k < kernel_.columns; ++k) to[k] = from[k] * ratio[x];
-        }
-        ++window;
+        std::memcpy(to, grad + x * pitch() + panel * columns, columns * sizeof(A));
+        to += columns;
       }
     }
   }
+
+  int64_t pitch() const { return panels_ * kernel_.columns; }
 
   // Of one panel: a value for each tap and channel, in blocks.
   int64_t panel_sums() const { return blocks_ * kernel_.rows * kernel_.columns; }
@@ -287,13 +319,15 @@ class WeightGradient {
   int64_t panels_, parts_, blocks_;  // a run in parts of the kernel's rows makes blocks
   int64_t width_;  // pixels of a row of the input with what padding the windows see
   FeatureMap<T> input_, grad_, result_;
+  const DepthwiseLoops& loops_;
   int64_t slab_height_, slabs_;
   bool one_step_;  // for all windows, so that a panel's sums are held only until they are stored
+  Workspace<A> source_, scaled_, ratio_;
+  Workspace<int64_t> places_;  // of each window that is not empty, in source_
   std::vector<Slab> step_;
-  std::vector<A> source_, scaled_, ratio_, sums_, bias_rows_;
+  std::vector<A> sums_, bias_rows_;
   std::vector<double> bias_;
   std::vector<int64_t> firsts_;   // of each row of windows, among those that are not empty
-  std::vector<int64_t> places_;   // of each of these, in source_
   std::vector<int64_t> offsets_;  // of each block from a window's place
 };
 

@@ -39,14 +39,19 @@ struct SweepPlan {
   static constexpr int64_t kTileBytes = 1024 * 1024;  // of source tiles in flight: of an L2
   static constexpr int64_t kTileCells = 1024;         // whose sums are held beside them
   static constexpr int64_t kMapCells = 256;           // of a tile that may be read in its place
-  static constexpr int64_t kUnits = 64;               // of work, for an even share of each thread
+  static constexpr int64_t kPanelBytes = 512 * 1024;  // of weights: more of them are cut
+  static constexpr int64_t kSliceBytes = 256 * 1024;  // into slices
+  static constexpr int64_t kAliasBytes = 2048;  // of which a few have their lines in one place
+  static constexpr int64_t kLineBytes = 64;
+  static constexpr int64_t kUnits = 64;  // of work, for an even share of each thread
 
   MicroKernel<C, A, O> kernel;
   bool backward;
   bool in_map;  // whether a tile where nothing is masked is as it would be copied
   int64_t batch;
   int64_t source_channels, target_channels;  // of one group
-  int64_t pitch;                             // source channels, padded to the kernel's depth
+  int64_t factors;                           // source channels, padded to the kernel's depth
+  int64_t pitch;                             // elements from a pixel of a tile to the next
   int64_t panels;                            // of one group
   int64_t parts = 1;       // that they are in, for threads that have no tiles of their own
   int64_t panel_size = 0;  // elements of one panel of all phases
@@ -66,10 +71,8 @@ struct SweepPlan {
     weight_column = p.weight_strides[backward ? 1 : 0];
     weight_source = p.weight_strides[backward ? 0 : 1];
     weight_group = p.weight_strides[0] * out;
-    pitch = (source_channels + kernel.depth - 1) / kernel.depth * kernel.depth;
+    factors = (source_channels + kernel.depth - 1) / kernel.depth * kernel.depth;
     panels = (target_channels + kernel.columns - 1) / kernel.columns;
-    in_map = std::is_same_v<T, C> && !backward && p.channels_last && p.groups == 1 &&
-             p.mask_channels == 1 && pitch == source_channels;
     const int64_t in_size[2] = {p.in_height, p.in_width}, out_size[2] = {p.out_height, p.out_width};
     for (int axis = 0; axis < 2; ++axis) {
       step[axis] = backward ? p.stride[axis] : 1;
@@ -87,6 +90,13 @@ struct SweepPlan {
       first[axis] = low;
       reach[axis] = high - low + 1;
     }
+    // Cells that are whole powers of two apart would drive each other out of the innermost cache.
+    pitch = factors;
+    if (advance[1] * pitch * int64_t(sizeof(C)) % kAliasBytes == 0) {
+      pitch += kLineBytes / int64_t(sizeof(C));
+    }
+    in_map = std::is_same_v<T, C> && !backward && p.channels_last && p.groups == 1 &&
+             p.mask_channels == 1 && pitch == source_channels;
     choose_tiles();
     batch = p.batch;
     parts = std::clamp<int64_t>(kUnits / (p.groups * all_tiles()), 1, panels);
@@ -95,7 +105,7 @@ struct SweepPlan {
     }
     for (Phase& each : phases) {
       each.packed = panel_size;
-      panel_size += int64_t(each.taps.size()) * pitch * kernel.columns;
+      panel_size += int64_t(each.taps.size()) * factors * kernel.columns;
     }
   }
 
@@ -153,12 +163,12 @@ struct SweepPlan {
       }
     }
     // Neighbouring taps of a row are one run of memory.
-    bool neighbours = true;
+    bool neighbours = pitch == factors;
     for (size_t j = 1; j < columns.size(); ++j) {
       neighbours = neighbours && columns[j].first == columns[j - 1].first + 1;
     }
     const int64_t together = neighbours ? int64_t(columns.size()) : 1;
-    made.run_length = together * pitch;
+    made.run_length = together * factors;
     for (size_t i = 0; together > 0 && i < made.taps.size(); i += together) {
       const Tap& tap = made.taps[i];
       made.run_rows.push_back(tap.y);
