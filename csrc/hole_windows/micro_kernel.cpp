@@ -19,7 +19,6 @@ namespace {
 template <typename T, int kRows, int kColumns>
 void plain(const MicroTile<T, T, T>& tile) {
   T sum[kRows][kColumns] = {};
-  if (!tile.first) std::memcpy(sum, tile.partial, sizeof(sum));
   const T* b = tile.panel;
   for (int64_t r = 0; r < tile.run_count; ++r) {
     for (int64_t k = 0; k < tile.run_length; ++k, b += kColumns) {
@@ -30,10 +29,6 @@ void plain(const MicroTile<T, T, T>& tile) {
         for (int n = 0; n < kColumns; ++n) sum[m][n] += a * b[n];
       }
     }
-  }
-  if (!tile.last) {
-    std::memcpy(tile.partial, sum, sizeof(sum));
-    return;
   }
   for (int m = 0; m < kRows; ++m) {
     if (!tile.out[m]) continue;
@@ -78,38 +73,17 @@ inline __m512 finished(__m512 sum, __m512 ratio, const float* bias, float negati
   return _mm512_mask_blend_ps(negative, value, below);
 }
 
-template <int kRows, int kVectors, typename Tile>
-GLANCE_TARGET(GLANCE_AVX512)
-GLANCE_INLINE void begin_sums(const Tile& tile, __m512 (&sum)[kRows][kVectors]) {
-  GLANCE_UNROLL
-  for (int m = 0; m < kRows; ++m) {
-    GLANCE_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      sum[m][v] = tile.first ? _mm512_setzero_ps()
-                             : _mm512_loadu_ps(tile.partial + (m * kVectors + v) * 16);
-    }
-  }
-}
-
-template <int kRows, int kVectors, typename Tile>
-GLANCE_TARGET(GLANCE_AVX512)
-GLANCE_INLINE void keep_sums(const Tile& tile, const __m512 (&sum)[kRows][kVectors]) {
-  GLANCE_UNROLL
-  for (int m = 0; m < kRows; ++m) {
-    GLANCE_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      _mm512_storeu_ps(tile.partial + (m * kVectors + v) * 16, sum[m][v]);
-    }
-  }
-}
-
 inline uint16_t first_lanes(int64_t count) { return count >= 16 ? 0xffff : (1u << count) - 1; }
 
 template <int kRows, int kStrip, int kVectors>
 GLANCE_TARGET(GLANCE_AVX512)
 void avx512(const MicroTile<float, float, float>& tile) {
   __m512 sum[kRows][kVectors];
-  begin_sums(tile, sum);
+  GLANCE_UNROLL
+  for (int m = 0; m < kRows; ++m) {
+    GLANCE_UNROLL
+    for (int v = 0; v < kVectors; ++v) sum[m][v] = _mm512_setzero_ps();
+  }
   const float* b = tile.panel;
   for (int64_t r = 0; r < tile.run_count; ++r) {
     const int64_t start = tile.runs[r];
@@ -125,7 +99,6 @@ void avx512(const MicroTile<float, float, float>& tile) {
       }
     }
   }
-  if (!tile.last) return keep_sums(tile, sum);
   GLANCE_UNROLL
   for (int m = 0; m < kRows; ++m) {
     if (!tile.out[m]) continue;
@@ -143,7 +116,11 @@ template <int kRows, int kStrip, int kVectors>
 GLANCE_TARGET(GLANCE_BFLOAT16)
 void avx512_bfloat16(const MicroTile<BFloat16, float, BFloat16>& tile) {
   __m512 sum[kRows][kVectors];
-  begin_sums(tile, sum);
+  GLANCE_UNROLL
+  for (int m = 0; m < kRows; ++m) {
+    GLANCE_UNROLL
+    for (int v = 0; v < kVectors; ++v) sum[m][v] = _mm512_setzero_ps();
+  }
   const BFloat16* b = tile.panel;
   for (int64_t r = 0; r < tile.run_count; ++r) {
     const int64_t start = tile.runs[r];
@@ -163,7 +140,6 @@ void avx512_bfloat16(const MicroTile<BFloat16, float, BFloat16>& tile) {
       }
     }
   }
-  if (!tile.last) return keep_sums(tile, sum);
   GLANCE_UNROLL
   for (int m = 0; m < kRows; ++m) {
     if (!tile.out[m]) continue;
@@ -185,10 +161,7 @@ void avx2(const MicroTile<float, float, float>& tile) {
   GLANCE_UNROLL
   for (int m = 0; m < kRows; ++m) {
     GLANCE_UNROLL
-    for (int v = 0; v < kVectors; ++v) {
-      sum[m][v] =
-          tile.first ? _mm256_setzero_ps() : _mm256_loadu_ps(tile.partial + (m * kVectors + v) * 8);
-    }
+    for (int v = 0; v < kVectors; ++v) sum[m][v] = _mm256_setzero_ps();
   }
   const float* b = tile.panel;
   for (int64_t r = 0; r < tile.run_count; ++r) {
@@ -207,16 +180,6 @@ void avx2(const MicroTile<float, float, float>& tile) {
         for (int v = 0; v < kVectors; ++v) sum[m][v] = _mm256_fmadd_ps(a, column[v], sum[m][v]);
       }
     }
-  }
-  if (!tile.last) {
-    GLANCE_UNROLL
-    for (int m = 0; m < kRows; ++m) {
-      GLANCE_UNROLL
-      for (int v = 0; v < kVectors; ++v) {
-        _mm256_storeu_ps(tile.partial + (m * kVectors + v) * 8, sum[m][v]);
-      }
-    }
-    return;
   }
   const __m256 slope = _mm256_set1_ps(tile.negative_slope);
   const __m256 zero = _mm256_setzero_ps();

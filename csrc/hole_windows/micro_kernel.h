@@ -7,9 +7,6 @@
 // A row a[m] is not contiguous: it consists of `runs`, each of `run_length` elements, the r-th
 // beginning at its pointer + runs[r]. The panel b is packed: run after run, `columns` values for
 // each element (or, for kernels of depth 2, pairs of elements: columns x 2 values for every two).
-//
-// Of a panel that no inner cache holds it is better to take slices, each for many rows, one call
-// for each: it goes on from the sums that the one before has left.
 #pragma once
 
 #include <cstdint>
@@ -32,10 +29,6 @@ struct MicroTile {
   A negative_slope;
   O* const* out;  // (rows): where `width` results of each row go; null: nowhere
   int64_t width;  // at most the kernel's columns
-  // (rows, columns): the sums unless `first` begin from these, and unless `last` are left there,
-  // with nothing written to `out`.
-  A* partial = nullptr;
-  bool first = true, last = true;
 };
 
 // A kernel whose columns fill one vector register would spend half of its loads on pointers to

@@ -24,7 +24,8 @@ void pack_values(const Plan& plan, const typename Plan::Stored* weight, int64_t 
     for (int64_t c = 0; c < plan.source_channels; ++c) {
       for (size_t tap = 0; tap < phase.taps.size(); ++tap) {
         const auto* from = weight + phase.taps[tap].weight + c * plan.weight_source;
-        C* to = panel + phase.packed + (tap * plan.factors + c / depth * depth) * columns + c % depth;
+        C* to =
+            panel + phase.packed + (tap * plan.factors + c / depth * depth) * columns + c % depth;
         for (int64_t k = 0; k < real; ++k) to[k * depth] = convert<C>(from[k * plan.weight_column]);
       }
     }
@@ -405,38 +406,24 @@ class SweepWorker {
         if (in_place_) base = target() + group * plan_.target_channels + first;
       }
       for (const int64_t place : empty_) std::fill_n(base + place * pitch, width, O{});
-      for (const Rows& rows : rows_) multiply_rows(rows, index, base, pitch, width, slope);
+      for (const Rows& rows : rows_) {
+        const Phase& phase = plan_.phases[rows.phase];
+        const int64_t* runs = (rows.in_map ? phase.map_runs : phase.runs).data();
+        const C* packed = static_cast<const C*>(p_.packed) + index * plan_.panel_size +
+                          phase.packed + rows.first_run * phase.run_length * columns;
+        for (size_t row = 0; row < rows.place.size(); row += step) {
+          for (int64_t m = 0; m < step; ++m) {
+            const int64_t place = rows.place[row + m];
+            out_[m] = place == kNowhere ? nullptr : base + place * pitch;
+          }
+          plan_.kernel.run({rows.source.data() + row / strip, plan_.advance[1] * plan_.pitch,
+                            runs + rows.first_run, rows.end_run - rows.first_run, phase.run_length,
+                            packed, rows.ratio.data() + row, bias_.data() + index * columns, slope,
+                            out_.data(), width});
+        }
+      }
       if (in_place_) continue;
       for (const Tile& tile : tiles_) store(tile, group, panel);
-    }
-  }
-
-  // Cells of one phase times a panel: slice by slice, if an inner cache would not hold all of it.
-  void multiply_rows(const Rows& rows, int64_t index, O* base, int64_t pitch, int64_t width,
-                     A slope) {
-    const int64_t step = plan_.kernel.rows, strip = plan_.kernel.strip;
-    const int64_t columns = plan_.kernel.columns, count = rows.place.size();
-    const Phase& phase = plan_.phases[rows.phase];
-    const int64_t* runs = (rows.in_map ? phase.map_runs : phase.runs).data();
-    const C* packed = static_cast<const C*>(p_.packed) + index * plan_.panel_size + phase.packed;
-    const int64_t all = rows.end_run - rows.first_run;
-    const int64_t run_bytes = phase.run_length * columns * int64_t(sizeof(C));
-    const bool sliced = count > step && all * run_bytes > Plan::kPanelBytes;
-    const int64_t most = sliced ? std::max<int64_t>(1, Plan::kSliceBytes / run_bytes) : all;
-    if (sliced && partial_.size() < count * columns) partial_ = Workspace<A>(count * columns);
-    for (int64_t first = rows.first_run; first < rows.end_run; first += most) {
-      const int64_t end = std::min(first + most, rows.end_run);
-      for (int64_t row = 0; row < count; row += step) {
-        for (int64_t m = 0; m < step; ++m) {
-          const int64_t place = rows.place[row + m];
-          out_[m] = place == kNowhere ? nullptr : base + place * pitch;
-        }
-        plan_.kernel.run(
-            {rows.source.data() + row / strip, plan_.advance[1] * plan_.pitch, runs + first,
-             end - first, phase.run_length, packed + first * phase.run_length * columns,
-             rows.ratio.data() + row, bias_.data() + index * columns, slope, out_.data(), width,
-             partial_.data() + row * columns, first == rows.first_run, end == rows.end_run});
-      }
     }
   }
 
@@ -486,7 +473,6 @@ class SweepWorker {
   bool writes_valid_ = false;
   bool in_place_;               // results go to the target
   Workspace<O> sums_;           // (pixels of all tiles, columns)
-  Workspace<A> partial_;        // (cells, columns): of a panel's first slices
   std::vector<O*> out_;         // of each of the micro-kernel's rows
   std::vector<int64_t> empty_;  // places of cells that are zero
   std::vector<Rows> rows_;

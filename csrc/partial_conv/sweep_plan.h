@@ -39,8 +39,6 @@ struct SweepPlan {
   static constexpr int64_t kTileBytes = 1024 * 1024;  // of source tiles in flight: of an L2
   static constexpr int64_t kTileCells = 1024;         // whose sums are held beside them
   static constexpr int64_t kMapCells = 256;           // of a tile that may be read in its place
-  static constexpr int64_t kPanelBytes = 512 * 1024;  // of weights: more of them are cut
-  static constexpr int64_t kSliceBytes = 256 * 1024;  // into slices
   static constexpr int64_t kAliasBytes = 2048;  // of which a few have their lines in one place
   static constexpr int64_t kLineBytes = 64;
   static constexpr int64_t kUnits = 64;  // of work, for an even share of each thread
