@@ -18,7 +18,9 @@ namespace {
 constexpr int64_t kStepBytes = 2 * 1024 * 1024;
 constexpr int64_t kPanels = 8;   // at the least, to share them among threads whole
 constexpr int64_t kChunk = 256;  // windows whose scaled gradients stay in the innermost cache
-constexpr int64_t kShares = 64;  // of what comes before the products: each has some of everything
+constexpr int64_t kManyGroups = 8;
+constexpr int64_t kProducts = 32;  // of a block and a panel, at the least
+constexpr int64_t kShares = 64;    // of what comes before the products: each has some of everything
 
 template <typename T>
 class WeightGradient {
@@ -52,6 +54,7 @@ class WeightGradient {
         slab_height_(slab_height()),
         slabs_(std::clamp<int64_t>(kStepBytes / slab_bytes(slab_height_), 1, all_slabs())),
         one_step_(slabs_ >= all_slabs() && panels_ >= kPanels),
+        shares_((kProducts + panels_ * blocks_ - 1) / (panels_ * blocks_)),
         source_(slabs_ * slab_rows(slab_height_) * width_ * in_),
         scaled_(windows() * panels_ * kernel_.columns),
         ratio_(windows()),
@@ -62,9 +65,9 @@ class WeightGradient {
     }
   }
 
-  void run() {
-    for (int64_t group = 0; group < p_.groups; ++group) {
-      sums_.assign(p_.grad_weight && !one_step_ ? panels_ * panel_sums() : 0, 0);
+  void run(int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; ++group) {
+      sums_.assign(p_.grad_weight && !one_step_ ? shares_ * all_sums() : 0, 0);
       bias_.assign(out_, 0);
       step_.clear();
       for (int64_t n = 0; n < p_.batch; ++n) {
@@ -135,14 +138,20 @@ class WeightGradient {
         const Workspace<A> sums(panel_sums());
         for (int64_t panel = begin; panel < end; ++panel) {
           std::fill_n(sums.data(), sums.size(), A{0});
-          multiply(panel, 0, blocks_, firsts_[rows], sums.data());
+          multiply(panel, 0, blocks_, 0, firsts_[rows], sums.data());
           store_rows(group, panel, 0, stored_rows(), sums.data());
         }
       });
     } else if (p_.grad_weight) {
-      parallel_(panels_ * blocks_, [&](int64_t begin, int64_t end) {
-        for_panels(blocks_, begin, end, [&](int64_t panel, int64_t first, int64_t last) {
-          multiply(panel, first, last, firsts_[rows], sums_.data() + panel * panel_sums());
+      // Windows in shares with sums of their own, where panels and blocks are too few for threads.
+      const int64_t windows = firsts_[rows], products = panels_ * blocks_;
+      parallel_(shares_ * products, [&](int64_t begin, int64_t end) {
+        for_panels(products, begin, end, [&](int64_t share, int64_t of_first, int64_t of_last) {
+          const int64_t from = windows * share / shares_, to = windows * (share + 1) / shares_;
+          A* sums = sums_.data() + share * all_sums();
+          for_panels(blocks_, of_first, of_last, [&](int64_t panel, int64_t first, int64_t last) {
+            multiply(panel, first, last, from, to, sums + panel * panel_sums());
+          });
         });
       });
     }
@@ -233,6 +242,7 @@ class WeightGradient {
 
   // Of one panel: a value for each tap and channel, in blocks.
   int64_t panel_sums() const { return blocks_ * kernel_.rows * kernel_.columns; }
+  int64_t all_sums() const { return panels_ * panel_sums(); }
 
   // Calls body(panel, first, last) on what [begin, end) has of each panel's `count` items.
   template <typename Body>
@@ -244,9 +254,10 @@ class WeightGradient {
     }
   }
 
-  void multiply(int64_t panel, int64_t begin, int64_t end, int64_t windows, A* sums) {
-    for (int64_t first = 0; first < windows; first += kChunk) {
-      const int64_t count = std::min(kChunk, windows - first);
+  // Adds the products of windows [from, to) to the sums of blocks [begin, end).
+  void multiply(int64_t panel, int64_t begin, int64_t end, int64_t from, int64_t to, A* sums) {
+    for (int64_t first = from; first < to; first += kChunk) {
+      const int64_t count = std::min(kChunk, to - first);
       const A* scaled = scaled_.data() + (panel * ratio_.size() + first) * kernel_.columns;
       for (int64_t block = begin; block < end; ++block) {
         kernel_.run({source_.data() + offsets_[block], places_.data() + first, count, scaled,
@@ -261,6 +272,7 @@ class WeightGradient {
       grad_bias[group * out_ + k] = narrow<T>(static_cast<A>(bias_[k]));
     }
     if (!p_.grad_weight || (one_step_ && p_.batch > 0)) return;
+    for (int64_t i = all_sums(); i < int64_t(sums_.size()); ++i) sums_[i % all_sums()] += sums_[i];
     parallel_(panels_ * stored_rows(), [&](int64_t begin, int64_t end) {
       for_panels(stored_rows(), begin, end, [&](int64_t panel, int64_t first, int64_t last) {
         store_rows(group, panel, first, last, sums_.data() + panel * panel_sums());
@@ -321,7 +333,8 @@ class WeightGradient {
   FeatureMap<T> input_, grad_, result_;
   const DepthwiseLoops& loops_;
   int64_t slab_height_, slabs_;
-  bool one_step_;  // for all windows, so that a panel's sums are held only until they are stored
+  bool one_step_;   // for all windows, so that a panel's sums are held only until they are stored
+  int64_t shares_;  // of a step's windows
   Workspace<A> source_, scaled_, ratio_;
   Workspace<int64_t> places_;  // of each window that is not empty, in source_
   std::vector<Slab> step_;
@@ -331,16 +344,27 @@ class WeightGradient {
   std::vector<int64_t> offsets_;  // of each block from a window's place
 };
 
+// Threads share the work of a group, or the groups if there are many: a result is the same.
+template <typename T>
+void weight_gradient(const PartialConvBackwardParams& p, const ParallelFor& parallel) {
+  if (p.groups < kManyGroups) return WeightGradient<T>(p, parallel).run(0, p.groups);
+  const ParallelFor alone = [](int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+    if (count > 0) body(0, count);
+  };
+  parallel(p.groups,
+           [&](int64_t begin, int64_t end) { WeightGradient<T>(p, alone).run(begin, end); });
+}
+
 }  // namespace
 
 void fused_grad_weight_cpu(const PartialConvBackwardParams& params, const ParallelFor& parallel) {
   switch (params.dtype) {
     case ScalarType::kFloat32:
-      return WeightGradient<float>(params, parallel).run();
+      return weight_gradient<float>(params, parallel);
     case ScalarType::kFloat16:
-      return WeightGradient<Half>(params, parallel).run();
+      return weight_gradient<Half>(params, parallel);
     case ScalarType::kBFloat16:
-      return WeightGradient<BFloat16>(params, parallel).run();
+      return weight_gradient<BFloat16>(params, parallel);
     case ScalarType::kFloat64:
       return;
   }

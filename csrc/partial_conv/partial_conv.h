@@ -95,9 +95,10 @@ void rescale_backward_cpu(const PartialConvBackwardParams& params, int64_t begin
 void window_valid_cpu(const PartialConvParams& params, int64_t begin, int64_t end);
 
 // The fused path: whether it is there for these arguments, and whether it is the faster one on this
-// processor (docs/ops.md has the measurements that the rule comes from).
+// processor (docs/ops.md has the measurements that the rule comes from), for the gradients of
+// weight and bias or for the rest.
 bool has_fused(const PartialConvParams& params);
-bool prefers_fused(const PartialConvParams& params);
+bool prefers_fused(const PartialConvParams& params, bool of_weight = false);
 
 // The two products that slide a window over a map: the output, and the gradient of the input. They
 // read weights in the order of their inner loop: pack those first, over `panels`, then compute,

@@ -183,9 +183,12 @@ void rescale_backward_cpu(const PartialConvBackwardParams& params, int64_t begin
 
 bool has_fused(const PartialConvParams& p) { return p.dtype != ScalarType::kFloat64; }
 
-bool prefers_fused(const PartialConvParams& p) {
+bool prefers_fused(const PartialConvParams& p, bool of_weight) {
   if (!has_fused(p) || best_instruction_set() == InstructionSet::kPlain) return false;
-  return p.out_channels / p.groups >= 4 || p.groups == 1 || has_depthwise(p);
+  // Of a vector of AVX-512 groups of few channels leave most empty.
+  const bool wide = best_instruction_set() >= InstructionSet::kAvx512;
+  const int64_t least = wide && (!of_weight || p.channels_last) ? 16 : 4;
+  return p.out_channels / p.groups >= least || p.groups == 1 || has_depthwise(p);
 }
 
 }  // namespace glance

@@ -170,8 +170,16 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> partial_conv2d_backward(
   GLANCE_CHECK_VALUE(output.has_value() || negative_slope == 1, kBackward,
                      "the output for a negative_slope of ", negative_slope, ", got none");
   if (negative_slope != 1) call.result = like_output("output", *output);
-  return takes_fused(call, Sweep::kGradInput) ? backward_fused(call, grad, output_mask)
-                                              : backward_library(call, grad, output_mask);
+  const auto gradients = [&](bool fused, std::array<bool, 3> wanted) {
+    return fused ? backward_fused(call, grad, wanted) : backward_library(call, grad, wanted);
+  };
+  const bool of_input = takes_fused(call, Sweep::kGradInput);
+  const bool of_weight = takes_fused_weight(call);
+  if (of_input == of_weight) return gradients(of_input, output_mask);
+  at::Tensor grad_input = std::get<0>(gradients(of_input, {output_mask[0], false, false}));
+  auto [unused, grad_weight, grad_bias] =
+      gradients(of_weight, {false, output_mask[1], output_mask[2]});
+  return {grad_input, grad_weight, grad_bias};
 }
 
 // Autocast: feature tensors in the low precision, as conv2d; the mask keeps its dtype outside.

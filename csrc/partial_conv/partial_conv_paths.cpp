@@ -205,6 +205,13 @@ bool takes_fused(const PartialConvCall& call, Sweep sweep) {
   return cuda_bytes(p, sweep) >= 0;
 }
 
+bool takes_fused_weight(const PartialConvCall& call) {
+  if (!call.input.is_cpu() || path_asked_for != PartialConvPath::kRule) {
+    return takes_fused(call, Sweep::kGradInput);
+  }
+  return prefers_fused(call.params, /*of_weight=*/true);
+}
+
 std::tuple<at::Tensor, at::Tensor> forward_fused(PartialConvCall& call) {
   if (!call.input.is_cpu()) return forward_fused_cuda(call);
   PartialConvBackwardParams& p = call.params;

@@ -29,6 +29,7 @@ enum class PartialConvPath : int { kRule, kFused, kLibrary };
 // Sets it for all threads and returns what it was.
 PartialConvPath exchange_partial_conv_path(PartialConvPath path);
 bool takes_fused(const PartialConvCall& call, Sweep sweep);
+bool takes_fused_weight(const PartialConvCall& call);  // for the gradients of weight and bias
 
 // The output, and the valid windows as bool (1 or N, 1 or groups, Ho, Wo).
 std::tuple<at::Tensor, at::Tensor> forward_fused(PartialConvCall& call);

@@ -157,7 +157,7 @@ class TrainSettings:
 
 PRESETS: dict[str, TrainSettings] = {
     "quick": TrainSettings(steps=200),
-    "default": TrainSettings(),
+    "default": TrainSettings(head_steps=1500),
     "paper": TrainSettings(
         fine_tune_steps=50_000,
         steps=200_000,

@@ -33,6 +33,9 @@ SHAPES = {
     "depthwise wide": (5, 5, 21, 30, 5, 3, 4, 2, 5),  # of 25 taps, more than a loop takes at once
     "depthwise padded": (3, 3, 6, 4, 2, 1, 5, 1, 3),  # windows and rows of nothing but padding
     "depthwise in bands": (8, 8, 90, 110, 3, 2, 1, 1, 8),
+    "many groups": (40, 80, 11, 9, 3, 2, 1, 1, 10),  # of 4 and 8 channels
+    "one row of cache": (512, 20, 6, 5, 3, 1, 1, 1, 1),  # pixels 2 KiB apart, which is avoided
+    "one row of cache strided": (256, 20, 9, 7, 3, 2, 1, 1, 1),
 }
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -88,7 +91,8 @@ def test_both_paths_agree_with_the_specification(
         *tensors, *([n, n] for n in geometry[:3]), groups, negative_slope=slope
     )[0]
     grad = torch.randn(plain.shape, generator=random).to(dtype)
-    by_path = {p: results(p, tensors, grad, geometry, slope) for p in ("fused", "library")}
+    paths = ("fused", "library", "rule")  # the last may take one for some gradients only
+    by_path = {p: results(p, tensors, grad, geometry, slope) for p in paths}
     exact, same = (
         _reference([t if t is mask else t.to(d) for t in tensors], grad.to(d), geometry, slope)
         for d in (torch.float64, dtype)
@@ -103,11 +107,13 @@ def test_both_paths_agree_with_the_specification(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_depthwise_layers_are_the_same_for_any_number_of_threads(layout: str) -> None:
+@pytest.mark.parametrize("groups", [1, 10, 20], ids=["one group", "groups of 2", "depthwise"])
+def test_results_are_the_same_for_any_number_of_threads(groups: int, layout: str) -> None:
     random = torch.Generator().manual_seed(3)
     image = torch.randn(2, 20, 90, 110, generator=random).to(memory_format=LAYOUTS[layout])
     mask = torch.rand(2, 1, 90, 110, generator=random) > 0.3
-    weight, bias = torch.randn(20, 1, 3, 3, generator=random), torch.randn(20, generator=random)
+    weight = torch.randn(20, 20 // groups, 3, 3, generator=random)
+    bias = torch.randn(20, generator=random)
     grad = torch.randn(image.shape, generator=random)
     threads = torch.get_num_threads()
     found = []
@@ -115,7 +121,7 @@ def test_depthwise_layers_are_the_same_for_any_number_of_threads(layout: str) ->
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             tensors = [image, mask, weight, bias]
-            found.append(results("fused", tensors, grad, [1, 1, 1, 20], slope=0.25))
+            found.append(results("fused", tensors, grad, [1, 1, 1, groups], slope=0.25))
     finally:
         torch.set_num_threads(threads)
     for name, value in found[0].items():
@@ -140,12 +146,17 @@ def test_relu_of_depthwise_layers_is_that_of_the_specification(layout: str) -> N
     assert torch.equal(found["grad_bias"][finite], expected["grad_bias"][finite])
 
 
-def test_rule_takes_the_fused_path_for_depthwise_layers() -> None:
-    image, mask = torch.rand(1, 16, 64, 64), torch.ones(64, 64, dtype=torch.bool)
+@pytest.mark.parametrize(
+    ("groups", "with_avx2", "with_avx512"),
+    [(1, True, True), (2, True, True), (8, True, False), (16, False, False), (32, True, True)],
+)
+def test_rule_is_the_documented_one(groups: int, with_avx2: bool, with_avx512: bool) -> None:
+    image, mask = torch.rand(1, 32, 64, 64), torch.ones(64, 64, dtype=torch.bool)
     mask[3, 4] = False
     with torch.no_grad(), partial_conv_path("rule"), allocations() as sizes:
-        partial_conv2d(image, mask, torch.rand(16, 1, 3, 3), groups=16)
-    fused = any(name in torch.backends.cpu.get_cpu_capability() for name in ("AVX2", "AVX512"))
+        partial_conv2d(image, mask, torch.rand(32, 32 // groups, 3, 3), groups=groups)
+    capability = torch.backends.cpu.get_cpu_capability()
+    fused = {"AVX2": with_avx2, "AVX512": with_avx512}.get(capability, False)
     assert (image.numel() * image.element_size() in sizes) is not fused
 
 
