@@ -56,6 +56,16 @@ def test_reproduce_shows_the_drawn_defects_that_chose() -> None:
         assert [*words, *figures] in shown
 
 
+def test_reproduce_shows_what_further_steps_of_the_head_bring() -> None:
+    text = (ROOT / "docs" / "results" / "head_steps.json").read_text()
+    shown = _rows(ROOT / "docs" / "reproduce.md")
+    for found in json.loads(text)["results"]:
+        figures = [f"{found[key]:.3f}" for key in ("image_AUROC", "pixel_AUPRO")]
+        assert [
+            found["set"], f"{found['lambda_s']:g}", f"{found['head_steps']:,}", *figures
+        ] in shown  # fmt: skip
+
+
 def test_reproduce_shows_the_committed_classes_of_cifar10() -> None:
     found = json.loads((ROOT / "docs" / "results" / "cifar10.json").read_text())
     assert sorted(found["results"]) == sorted(CLASSES)
