@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <list>
 #include <new>
-#include <utility>
 
 namespace glance {
 
@@ -71,15 +70,11 @@ class WorkspacePool {
 template <typename T>
 class Workspace {
  public:
-  explicit Workspace(int64_t count = 0) : size_(count) {
+  explicit Workspace(int64_t count) : size_(count) {
     if (count > 0) block_ = WorkspacePool::of_thread().take(count * int64_t(sizeof(T)));
   }
   Workspace(const Workspace&) = delete;
-  Workspace& operator=(Workspace&& other) noexcept {
-    std::swap(block_, other.block_);
-    std::swap(size_, other.size_);
-    return *this;
-  }
+  Workspace& operator=(const Workspace&) = delete;
   ~Workspace() {
     if (block_.data) WorkspacePool::of_thread().give_back(block_);
   }

@@ -56,7 +56,7 @@ class WeightGradient {
         one_step_(slabs_ >= all_slabs() && panels_ >= kPanels),
         shares_((kProducts + panels_ * blocks_ - 1) / (panels_ * blocks_)),
         source_(slabs_ * slab_rows(slab_height_) * width_ * in_),
-        scaled_(windows() * panels_ * kernel_.columns),
+        scaled_(windows() * pitch()),
         ratio_(windows()),
         places_(windows()) {
     for (int64_t block = 0; block < blocks_; ++block) {

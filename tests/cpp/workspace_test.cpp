@@ -47,13 +47,12 @@ void no_more_is_kept_than_allowed() {
   EXPECT(kept() <= WorkspacePool::kMostBytes);
 }
 
-void moves_and_nothing() {
-  Workspace<int> empty;
+void nothing_and_something() {
+  const Workspace<int> empty(0), some(5);
   EXPECT(empty.data() == nullptr);
-  empty = Workspace<int>(5);
-  EXPECT(empty.size() == 5);
-  empty[4] = 3;
-  EXPECT(empty.data()[4] == 3);
+  EXPECT(some.size() == 5);
+  some[4] = 3;
+  EXPECT(some.data()[4] == 3);
 }
 
 void every_thread_has_its_own() {
@@ -71,7 +70,7 @@ int main() {
   is_found_again();
   the_smallest_that_serves_is_taken();
   no_more_is_kept_than_allowed();
-  moves_and_nothing();
+  nothing_and_something();
   every_thread_has_its_own();
   return glance_test::finish("workspace");
 }
