@@ -26,6 +26,7 @@ def partial_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
+    negative_slope: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Partial convolution as two convolutions, of the valid pixels and of the mask.
 
@@ -39,6 +40,7 @@ def partial_conv2d(
         padding: The same.
         dilation: The same.
         groups: The same.
+        negative_slope: The same.
 
     Returns:
         Output and the next layer's mask.
@@ -53,7 +55,7 @@ def partial_conv2d(
     def count(x: Tensor, parts: int) -> Tensor:
         return convolve(x, x.new_ones(parts, x.shape[1] // parts, height, width), parts)
 
-    return compose(
+    output, mask_out = compose(
         input,
         mask,
         bias,
@@ -63,12 +65,15 @@ def partial_conv2d(
         count,
         height * width,
     )
+    if negative_slope == 0:
+        return F.relu(output), mask_out
+    return (output if negative_slope == 1 else F.leaky_relu(output, negative_slope)), mask_out
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """The table for ``ExportedProgram.run_decompositions``, to leave only ATen's operators.
 
-    ``torch.onnx.export`` needs no table: it finds these by itself.
+    ``torch.onnx.export`` of a module needs no table: ops are taken apart as it traces them.
 
     Returns:
         An entry for each op that has a decomposition; none where the compiled library is missing,
@@ -77,7 +82,3 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     if not _library.is_loaded():
         return {}
     return {torch.ops.glance_ext.partial_conv2d.default: partial_conv2d}
-
-
-for _op, _function in decompositions().items():
-    torch._decomp.register_decomposition(_op)(_function)

@@ -13,6 +13,7 @@ from glance_ext.ops import reference
 from glance_ext.ops._checks import check_partial_conv2d, memory_format, pair
 from glance_ext.ops._derivatives import forbid_second_backward, register_autograd
 from glance_ext.ops._vmap import loop_over
+from glance_ext.ops.decompositions import partial_conv2d as decomposed
 
 
 def partial_conv2d(
@@ -76,6 +77,8 @@ def partial_conv2d(
         groups,
         float(negative_slope),
     )
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        return decomposed(*arguments)
     if _library.is_loaded():
         return torch.ops.glance_ext.partial_conv2d(*arguments)
     _library.warn_reference(op)

@@ -61,18 +61,31 @@ def test_decomposition_matches_the_reference_forward_and_backward(
         assert_matches_reference(got[i], exact[i], same[i], scale=max(1.0, largest))
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.2, 1.0])
+def test_decomposition_applies_the_activation(slope: float) -> None:
+    image, mask = example(2, 9, 11, 3)
+    weight, bias = torch.randn(4, 3, 3, 3), torch.randn(4)
+    arguments = (image, mask, weight, bias, [2, 1], [1, 0], [1, 1], 1, slope)
+    output, mask_out = decomposed(*arguments)
+    expected, expected_mask = reference.partial_conv2d(*arguments)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(mask_out, expected_mask)
+
+
 class Net(nn.Module):
-    """Two layers, one with groups, that hand on their mask."""
+    """Two layers, one with groups, and an activated convolution: one mask from end to end."""
 
     def __init__(self, multi_channel: bool = False) -> None:
         super().__init__()
         settings: dict[str, Any] = {"multi_channel": multi_channel, "return_mask": True}
         self.first = PartialConv2d(3, 8, 5, stride=2, padding=2, **settings)
         self.second = PartialConv2d(8, 4, 3, padding=1, groups=2, **settings)
+        self.third = nn.Parameter(torch.randn(5, 4, 1, 1))
 
     def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         hidden, mask = self.first(image, mask)
-        return self.second(hidden.relu(), mask)
+        hidden, mask = self.second(hidden.relu(), mask)
+        return ops.partial_conv2d(hidden, mask, self.third, negative_slope=0.2)
 
 
 def example(batch: int, height: int, width: int, channels: int) -> tuple[Tensor, Tensor]:
