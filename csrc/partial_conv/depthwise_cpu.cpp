@@ -1,7 +1,12 @@
 // The fused path of depthwise layers, forward and backward. A unit of work is a band of rows of
 // windows of one block of channels of one image. The rows of the input that a window sees stand in
 // a ring in cache, masked, pixel after pixel in either layout, so that a vector is one pixel's
-// channels and any stride and dilation is a step between pixels.
+// channels and any stride and dilation is a step between pixels. Windows without a missing pixel
+// read the input where it is, if it stands there the same way.
+//
+// Groups of 2 or 4 channels, in and out, are depthwise layers of as many times the taps: the
+// ring has each row in that many orders, in the s-th of which channel c stands where c ^ s would,
+// so that each channel of a group meets each other one in one of them.
 #include <algorithm>
 #include <vector>
 
@@ -15,8 +20,11 @@ namespace glance {
 namespace {
 
 constexpr int64_t kRingBytes = 256 * 1024;
+constexpr int64_t kOrderedRingBytes = 40 * 1024;  // of several orders, read as many times
 constexpr int64_t kUnits = 16;    // at the least, to share among threads, if its rows are not fewer
 constexpr int64_t kFewRows = 16;  // bands are not made smaller than this for it
+constexpr int64_t kPart = 4;      // columns of the ring that are loaded together
+constexpr int64_t kFewWhole = 16;  // windows; fewer are not worth a run of their own
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -28,7 +36,9 @@ struct Plan {
   int64_t grad_left, grad_width;        // gradients around a row of the input, zeros on the left
   int64_t grad_above;                   // rows of gradients above its own that an input row is in
 
-  Plan(const PartialConvParams& p, bool backward) {
+  int64_t orders;  // of channels: as many as a group has
+
+  Plan(const PartialConvParams& p, bool backward) : orders(p.in_channels / p.groups) {
     source_width = (p.out_width - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1;
     source_height = (p.kernel[0] - 1) * p.dilation[0] + 1;
     grad_left = (p.kernel[1] - 1) * p.dilation[1] / p.stride[1];
@@ -36,8 +46,9 @@ struct Plan {
     grad_width =
         grad_left + std::max((p.in_width - 1 + p.padding[1]) / p.stride[1] + 1, p.out_width);
     const int64_t grads = backward ? (grad_above + 1) * grad_width : 0;
-    const int64_t pixels = source_height * source_width + grads;
-    const int64_t most = kRingBytes / int64_t(sizeof(float)) / pixels;
+    const int64_t pixels = orders * (source_height * source_width + grads);
+    const int64_t bytes = orders == 1 ? kRingBytes : kOrderedRingBytes;
+    const int64_t most = bytes / int64_t(sizeof(float)) / pixels;
     blocks = 0;
     do {
       ++blocks;
@@ -52,11 +63,24 @@ struct Plan {
   }
 };
 
+// Where a weight stands, of an input channel of the output's own group.
+int64_t weight_place(const PartialConvParams& p, int64_t out_channel, int64_t in_channel,
+                     int64_t place) {
+  const int64_t in_group = in_channel & (p.in_channels / p.groups - 1);  // of a power of two
+  return out_channel * p.weight_strides[0] + in_group * p.weight_strides[1] +
+         place / p.kernel[1] * p.weight_strides[2] + place % p.kernel[1] * p.weight_strides[3];
+}
+
 template <typename T>
 class Worker {
   struct Band {
     int64_t image, first, channels;  // of the block
     int64_t top, bottom;             // rows of windows
+  };
+  enum class Windows { kEmpty, kWhole, kOther };
+  struct Run {
+    int64_t begin, end;  // windows of a row
+    Windows kind;
   };
 
  public:
@@ -65,37 +89,39 @@ class Worker {
         plan_(plan),
         loops_(depthwise_loops()),
         counts_(p),
-        taps_(p.kernel[0] * p.kernel[1]),
-        source_(plan.source_height * plan.source_width * plan.pitch),
+        places_(p.kernel[0] * p.kernel[1]),
+        taps_(plan.orders * places_),
+        source_(plan.source_height * plan.orders * plan.source_width * plan.pitch),
         ratio_(p.out_width * (by_channel() ? plan.pitch : 1)),
         weight_(taps_ * plan.pitch),
         bias_(plan.pitch),
         row_(std::max(p.in_width, p.out_width) * plan.pitch),
         turned_(row_.size()),
-        in_map_(plan.source_height),
-        inner_{0, p.out_width},
-        edges_{p.in_width, p.in_width} {
-    if (reads_map()) find_inner();
+        loaded_(plan.source_height * column_parts()) {
     if (!backward) return;
-    grad_.resize((plan.grad_above + 1) * plan.grad_width * plan.pitch);
+    grad_.resize((plan.grad_above + 1) * plan.orders * plan.grad_width * plan.pitch);
     if (p.result) result_.resize(p.out_width * plan.pitch);
   }
 
   void forward(int64_t unit) {
     const Band band = band_of(unit);
-    load_weight(band);
+    load_weight(band, /*of_input=*/false);
     for (int64_t y = band.top; y < band.bottom; ++y) {
-      load_source(band, y);
       load_ratio(band, y);
       store_valid(band, y);
-      for_runs([&](int64_t begin, int64_t end, bool empty) {
-        const Row to = row_at(output_map(p_.output), pixels(band, y, p_.out_width), begin);
-        if (empty) return clear(to, end - begin);
+      load_source(band, y);
+      for (const Run& run : runs_) {
+        const int64_t count = run.end - run.begin;
+        const Row to = row_at(output_map(p_.output), pixels(band, y, p_.out_width), run.begin);
+        if (run.kind == Windows::kEmpty) {
+          clear(to, count);
+          continue;
+        }
         const int64_t step = p_.stride[1] * plan_.pitch;
-        const Finish finish = finish_of(begin);
-        list_taps(y, begin);
-        sum({nullptr, end - begin, to.lanes, plan_.pitch, step, to.step, to.data, false, &finish});
-      });
+        const Finish finish = finish_of(run.begin);
+        list_taps(band, y, run);
+        sum({nullptr, count, to.lanes, plan_.pitch, step, to.step, to.data, false, &finish});
+      }
       if (!in_place(output_map(p_.output), band.channels)) {
         store_row(output_map(p_.output), pixels(band, y, p_.out_width));
       }
@@ -105,7 +131,7 @@ class Worker {
   // `sums`: of each tap and, last, of the bias, (taps + 1, pitch), over the band's windows.
   void backward(int64_t unit, float* sums) {
     const Band band = band_of(unit);
-    if (p_.grad_input) load_weight(band);
+    if (p_.grad_input) load_weight(band, /*of_input=*/true);
     for (int64_t y = std::max<int64_t>(0, band.top - plan_.grad_above); y < band.bottom; ++y) {
       const bool own = y >= band.top;
       if (!own && !p_.grad_input) continue;
@@ -115,7 +141,7 @@ class Worker {
       if (!own) continue;
       if (p_.grad_weight) {
         load_source(band, y);
-        add_gradients(y, grad, sums);
+        add_gradients(band, y, grad, sums);
       }
       if (p_.grad_input) store_input_gradients(band, y);
     }
@@ -124,10 +150,10 @@ class Worker {
  private:
   bool by_channel() const { return p_.mask_channels != 1; }
 
-  // Whether an unmasked row of the input stands in the input as it would in the ring.
+  // Whether pixels stand in the input as they would in the ring.
   bool reads_map() const {
     return std::is_same_v<T, float> && p_.channels_last && plan_.pitch == p_.in_channels &&
-           !by_channel();
+           !by_channel() && plan_.orders == 1;
   }
 
   Band band_of(int64_t unit) const {
@@ -154,40 +180,32 @@ class Worker {
             p_.channels_last};
   }
 
-  float* grad_row(int64_t y) {
-    const int64_t slot = y % (plan_.grad_above + 1);
+  float* grad_row(int64_t y, int64_t order = 0) {
+    const int64_t slot = y % (plan_.grad_above + 1) * plan_.orders + order;
     return grad_.data() + (slot * plan_.grad_width + plan_.grad_left) * plan_.pitch;
   }
   // Rows count from the padding's first one.
-  float* source_row(int64_t row) {
-    return source_.data() + row % plan_.source_height * plan_.source_width * plan_.pitch;
+  float* source_row(int64_t row, int64_t order = 0) {
+    const int64_t slot = row % plan_.source_height * plan_.orders + order;
+    return source_.data() + slot * plan_.source_width * plan_.pitch;
   }
 
-  void load_weight(const Band& band) {
+  // As the outputs' channels meet the inputs', or `of_input` those the outputs'.
+  void load_weight(const Band& band, bool of_input) {
     const T* weight = static_cast<const T*>(p_.weight);
     const T* bias = static_cast<const T*>(p_.bias);
     for (int64_t c = 0; c < band.channels; ++c) {
-      const int64_t k = band.first + c;
-      bias_[c] = bias ? widen(bias[k]) : 0;
-      for (int64_t t = 0; t < taps_; ++t) {
-        weight_[t * plan_.pitch + c] =
-            widen(weight[k * p_.weight_strides[0] + t / p_.kernel[1] * p_.weight_strides[2] +
-                         t % p_.kernel[1] * p_.weight_strides[3]]);
+      bias_[c] = bias ? widen(bias[band.first + c]) : 0;
+    }
+    float* to = weight_.data();
+    for (int64_t t = 0; t < taps_; ++t, to += plan_.pitch) {
+      const int64_t order = t / places_, place = t % places_;
+      for (int64_t c = 0; c < band.channels; ++c) {
+        const int64_t channel = band.first + c, other = channel ^ order;
+        to[c] = widen(of_input ? weight[weight_place(p_, other, channel, place)]
+                               : weight[weight_place(p_, channel, other, place)]);
       }
     }
-  }
-
-  // A row of the input where nothing is masked is read in its place by the windows that no padding
-  // is in: which windows these are, and in front of and behind which columns the others look.
-  void find_inner() {
-    const int64_t span = (p_.kernel[1] - 1) * p_.dilation[1], padding = p_.padding[1];
-    const auto windows = [&](int64_t columns) {  // that begin in front of that column
-      return columns <= 0 ? 0 : std::min(ceil_div(columns, p_.stride[1]), p_.out_width);
-    };
-    inner_[0] = windows(padding);
-    inner_[1] = std::max(inner_[0], windows(p_.in_width + padding - span));
-    edges_[0] = inner_[0] == 0 ? 0 : (inner_[0] - 1) * p_.stride[1] + span + 1 - padding;
-    edges_[1] = inner_[1] == p_.out_width ? p_.in_width : inner_[1] * p_.stride[1] - padding;
   }
 
   // The rows that row y of windows sees, masked, of which the ring has those of the row before it
@@ -196,30 +214,34 @@ class Worker {
     const int64_t first = y * p_.stride[0], end = first + plan_.source_height;
     const int64_t there = y == band.top ? first : first - p_.stride[0] + plan_.source_height;
     for (int64_t row = std::max(first, there); row < end; ++row) {
-      const int64_t from = row - p_.padding[0];
-      in_map_[row % plan_.source_height] = from < 0 || from >= p_.in_height
-                                               ? nullptr
-                                               : unmasked_row(pixels(band, from, p_.in_width));
-      if (!in_map_[row % plan_.source_height]) {
-        load_columns(band, row, 0, p_.in_width);
+      if (reads_map()) {
+        std::fill_n(&loaded_[row % plan_.source_height * column_parts()], column_parts(), false);
       } else {
-        load_columns(band, row, 0, edges_[0]);
-        load_columns(band, row, edges_[1], p_.in_width);
+        load_columns(band, row, 0, p_.in_width);
       }
+    }
+    for (const Run& run : runs_) {
+      if (reads_map() && run.kind == Windows::kOther) load_missing(band, y, run);
     }
   }
 
-  // Where the row stands in the input, or null where it has to be in the ring.
-  const float* unmasked_row(const PixelRow& at) const {
-    if constexpr (std::is_same_v<T, float>) {
-      if (!reads_map()) return nullptr;
-      const FeatureMap<T> map = input_map(p_.input);
-      const int64_t n = p_.mask_batch == 1 ? 0 : at.image;
-      const uint8_t* mask = p_.mask + (n * p_.in_height + at.y) * p_.in_width;
-      return all_valid(mask, p_.in_width) ? map.data + place(map, at) : nullptr;
+  // What windows see of rows that are not in the ring as a whole, and not there yet.
+  void load_missing(const Band& band, int64_t y, const Run& run) {
+    const int64_t span = (p_.kernel[1] - 1) * p_.dilation[1];
+    const int64_t begin = std::max<int64_t>(run.begin * p_.stride[1] - p_.padding[1], 0);
+    const int64_t end =
+        std::min((run.end - 1) * p_.stride[1] - p_.padding[1] + span + 1, p_.in_width);
+    for (int64_t i = 0; i < p_.kernel[0]; ++i) {
+      const int64_t row = y * p_.stride[0] + i * p_.dilation[0];
+      uint8_t* loaded = &loaded_[row % plan_.source_height * column_parts()];
+      for (int64_t part = begin / kPart; part * kPart < end; ++part) {
+        if (loaded[part]) continue;
+        loaded[part] = true;
+        load_columns(band, row, part * kPart, (part + 1) * kPart);
+      }
     }
-    return nullptr;
   }
+  int64_t column_parts() const { return ceil_div(p_.in_width, kPart); }
 
   // Columns [begin, end) of the input, as far as a window sees them.
   void load_columns(const Band& band, int64_t row, int64_t begin, int64_t end) {
@@ -230,21 +252,30 @@ class Worker {
     const int64_t from = row - p_.padding[0];
     if (from < 0 || from >= p_.in_height) {
       std::fill_n(to, (end - begin) * plan_.pitch, 0.0f);
-      return;
+    } else {
+      PixelRow at = pixels(band, from, end - begin);
+      at.x = begin;
+      load_row(input_map(p_.input), at, to);
+      mask_pixels(p_, at, plan_.pitch, to);
     }
-    PixelRow at = pixels(band, from, end - begin);
-    at.x = begin;
-    load_row(input_map(p_.input), at, to);
-    mask_pixels(p_, at, plan_.pitch, to);
+    for (int64_t order = 1; order < plan_.orders; ++order) {
+      float* other = source_row(row, order) + (p_.padding[1] + begin) * plan_.pitch;
+      loops_.reorder(order, to, (end - begin) * plan_.pitch, other);
+    }
   }
 
   void load_ratio(const Band& band, int64_t y) {
     const int64_t n = p_.mask_batch == 1 ? 0 : band.image;
     if (!by_channel()) {
-      return counts_.ratios(counts_.row(n, 0, y), 0, p_.out_width, ratio_.data());
+      const int64_t before = counts_.changes();
+      const int32_t* counts = counts_.row(n, 0, y);
+      if (counts_.changes() == before && !runs_.empty()) return;
+      counts_.ratios(counts, 0, p_.out_width, ratio_.data());
+      return list_runs();
     }
+    runs_ = {{0, p_.out_width, Windows::kOther}};
     for (int64_t c = 0; c < band.channels; ++c) {
-      const int32_t* counts = counts_.row(n, band.first + c, y);
+      const int32_t* counts = counts_.row(n, (band.first + c) / plan_.orders, y);
       for (int64_t x = 0; x < p_.out_width; ++x) {
         counts_.ratios(counts, x, x + 1, ratio_.data() + x * plan_.pitch + c);
       }
@@ -255,28 +286,30 @@ class Worker {
     const int64_t n = p_.mask_batch == 1 ? 0 : band.image;
     if (p_.mask_batch == 1 && band.image != 0) return;
     if (!by_channel() && band.first != 0) return;
-    for (int64_t c = 0; c < (by_channel() ? band.channels : 1); ++c) {
-      uint8_t* to =
-          p_.valid + ((n * p_.ratio_groups() + band.first + c) * p_.out_height + y) * p_.out_width;
+    for (int64_t c = 0; c < (by_channel() ? band.channels : 1); c += plan_.orders) {
+      const int64_t group = (band.first + c) / plan_.orders;
+      uint8_t* to = p_.valid + ((n * p_.ratio_groups() + group) * p_.out_height + y) * p_.out_width;
       const float* ratio = ratio_.data() + c;
       const int64_t step = by_channel() ? plan_.pitch : 1;
       for (int64_t x = 0; x < p_.out_width; ++x) to[x] = ratio[x * step] != 0;
     }
   }
 
-  // Calls body(begin, end, empty) for runs of windows of a row that are all empty or none of them,
-  // and all of them inner ones or none; masks of many channels count as not empty.
-  template <typename Body>
-  void for_runs(Body&& body) const {
-    const float* ratio = ratio_.data();
-    const auto is_empty = [&](int64_t x) { return !by_channel() && ratio[x] == 0; };
-    const int64_t ends[] = {inner_[0], inner_[1], p_.out_width};
-    int64_t begin = 0;
-    for (const int64_t last : ends) {
-      for (int64_t end = begin; begin < last; begin = end) {
-        const bool empty = is_empty(begin);
-        while (end < last && is_empty(end) == empty) ++end;
-        body(begin, end, empty);
+  // Of windows of one kind. Few whole ones count as others, since a run has its own costs.
+  void list_runs() {
+    const auto kind_of = [&](int64_t x) {
+      if (ratio_[x] == 0) return Windows::kEmpty;
+      return ratio_[x] == 1 && reads_map() ? Windows::kWhole : Windows::kOther;
+    };
+    runs_.clear();
+    for (int64_t begin = 0, end; begin < p_.out_width; begin = end) {
+      Windows kind = kind_of(begin);
+      for (end = begin + 1; end < p_.out_width && kind_of(end) == kind;) ++end;
+      if (kind == Windows::kWhole && end - begin < kFewWhole) kind = Windows::kOther;
+      if (!runs_.empty() && runs_.back().kind == kind) {
+        runs_.back().end = end;
+      } else {
+        runs_.push_back({begin, end, kind});
       }
     }
   }
@@ -308,20 +341,31 @@ class Worker {
     for (int64_t x = 0; x < count; ++x) std::fill_n(row.data + x * row.step, row.lanes, 0.0f);
   }
 
-  // All taps of window x of row y.
-  void list_taps(int64_t y, int64_t x) {
-    const bool inner = x >= inner_[0] && x < inner_[1];
+  // All taps of the first window of a run of row y.
+  void list_taps(const Band& band, int64_t y, const Run& run) {
     list_.clear();
-    for (int64_t i = 0; i < p_.kernel[0]; ++i) {
-      const int64_t at = y * p_.stride[0] + i * p_.dilation[0];
-      const float* row = in_map_[at % plan_.source_height];
-      row = inner && row ? row - p_.padding[1] * plan_.pitch : source_row(at);
-      row += x * p_.stride[1] * plan_.pitch;
-      for (int64_t j = 0; j < p_.kernel[1]; ++j) {
-        list_.push_back({row + j * p_.dilation[1] * plan_.pitch,
-                         weight_.data() + (i * p_.kernel[1] + j) * plan_.pitch});
+    for (int64_t order = 0; order < plan_.orders; ++order) {
+      for (int64_t i = 0; i < p_.kernel[0]; ++i) {
+        const int64_t at = y * p_.stride[0] + i * p_.dilation[0];
+        const float* row = run.kind == Windows::kWhole ? row_of_input(band, at - p_.padding[0])
+                                                       : source_row(at, order);
+        row += run.begin * p_.stride[1] * plan_.pitch;
+        for (int64_t j = 0; j < p_.kernel[1]; ++j) {
+          list_.push_back({row + j * p_.dilation[1] * plan_.pitch, weight_of(order, i, j)});
+        }
       }
     }
+  }
+  // From the padding's first column on, as source_row().
+  const float* row_of_input(const Band& band, int64_t y) const {
+    if constexpr (std::is_same_v<T, float>) {
+      const FeatureMap<T> map = input_map(p_.input);
+      return map.data + place(map, pixels(band, y, 0)) - p_.padding[1] * plan_.pitch;
+    }
+    return nullptr;  // see reads_map()
+  }
+  const float* weight_of(int64_t order, int64_t i, int64_t j) const {
+    return weight_.data() + (order * places_ + i * p_.kernel[1] + j) * plan_.pitch;
   }
 
   // Over the taps that are listed.
@@ -343,19 +387,22 @@ class Worker {
     if (p_.result) load_row(output_map(p_.result), at, result_.data());
     loops_.scale(finish_of(0), p_.out_width, plan_.pitch, p_.result ? result_.data() : nullptr,
                  grad, bias);
+    for (int64_t order = 1; p_.grad_input && order < plan_.orders; ++order) {
+      loops_.reorder(order, grad, p_.out_width * plan_.pitch, grad_row(y, order));
+    }
   }
 
-  void add_gradients(int64_t y, const float* grad, float* sums) {
+  void add_gradients(const Band& band, int64_t y, const float* grad, float* sums) {
     const int64_t step = p_.stride[1] * plan_.pitch;
-    for_runs([&](int64_t begin, int64_t end, bool empty) {
-      if (empty) return;
-      list_taps(y, begin);
+    for (const Run& run : runs_) {
+      if (run.kind == Windows::kEmpty) continue;
+      list_taps(band, y, run);
       for (int64_t t = 0; t < taps_; t += kDepthwiseTaps) {
         loops_.gradient(std::min<int64_t>(kDepthwiseTaps, taps_ - t),
-                        {list_.data() + t, end - begin, plan_.pitch, step,
-                         grad + begin * plan_.pitch, sums + t * plan_.pitch});
+                        {list_.data() + t, run.end - run.begin, plan_.pitch, step,
+                         grad + run.begin * plan_.pitch, sums + t * plan_.pitch});
       }
-    });
+    }
   }
 
   // The rows of the input that row y of windows is the last to see.
@@ -382,12 +429,13 @@ class Worker {
       for (int64_t i = 0; i < p_.kernel[0]; ++i) {
         const int64_t from = y + p_.padding[0] - i * p_.dilation[0];
         if (from < 0 || from % p_.stride[0] != 0 || from / p_.stride[0] >= p_.out_height) continue;
-        const float* grad = grad_row(from / p_.stride[0]);
         for (int64_t j = 0; j < p_.kernel[1]; ++j) {
           const int64_t back = j * p_.dilation[1] - phase;
           if (back % stride != 0) continue;
-          list_.push_back({grad + (begin - back / stride) * plan_.pitch,
-                           weight_.data() + (i * p_.kernel[1] + j) * plan_.pitch});
+          for (int64_t order = 0; order < plan_.orders; ++order) {
+            const float* grad = grad_row(from / p_.stride[0], order);
+            list_.push_back({grad + (begin - back / stride) * plan_.pitch, weight_of(order, i, j)});
+          }
         }
       }
       const int64_t count = last / stride - begin + 1;
@@ -467,14 +515,14 @@ class Worker {
   const Plan& plan_;
   const DepthwiseLoops& loops_;
   WindowCounts counts_;
-  int64_t taps_;
-  std::vector<float> source_;  // (source_height, source_width, pitch)
-  std::vector<float> grad_;    // (grad_above + 1, grad_width, pitch), scaled
+  int64_t places_;             // of the window
+  int64_t taps_;               // (orders, places)
+  std::vector<float> source_;  // (source_height, orders, source_width, pitch)
+  std::vector<float> grad_;    // (grad_above + 1, orders, grad_width, pitch), scaled
   std::vector<float> ratio_, weight_, bias_;
   std::vector<float> row_, turned_, result_;
-  std::vector<const float*> in_map_;  // (source_height): see unmasked_row
-  int64_t inner_[2];                  // the windows that may read rows there, see find_inner
-  int64_t edges_[2];
+  std::vector<uint8_t> loaded_;  // (source_height, column_parts): where the input is read in place
+  std::vector<Run> runs_;        // of the row of windows
   std::vector<DepthwiseTap> list_;
 };
 
@@ -482,7 +530,7 @@ class Worker {
 template <typename T>
 void store_gradients(const PartialConvBackwardParams& p, const Plan& plan,
                      const std::vector<float>& sums, int64_t begin, int64_t end) {
-  const int64_t taps = p.kernel[0] * p.kernel[1];
+  const int64_t places = p.kernel[0] * p.kernel[1], taps = plan.orders * places;
   T* grad_weight = static_cast<T*>(p.grad_weight);
   T* grad_bias = static_cast<T*>(p.grad_bias);
   for (int64_t c = begin; c < end; ++c) {
@@ -498,8 +546,7 @@ void store_gradients(const PartialConvBackwardParams& p, const Plan& plan,
       if (t == taps) {
         if (grad_bias) grad_bias[c] = value;
       } else if (grad_weight) {
-        grad_weight[c * p.weight_strides[0] + t / p.kernel[1] * p.weight_strides[2] +
-                    t % p.kernel[1] * p.weight_strides[3]] = value;
+        grad_weight[weight_place(p, c, c ^ t / places, t % places)] = value;
       }
     }
   }
@@ -518,7 +565,7 @@ template <typename T>
 void backward(const PartialConvBackwardParams& p, const ParallelFor& parallel) {
   const Plan plan(p, /*backward=*/true);
   const int64_t units = p.batch * plan.blocks * plan.bands;
-  const int64_t size = (p.kernel[0] * p.kernel[1] + 1) * plan.pitch;
+  const int64_t size = (plan.orders * p.kernel[0] * p.kernel[1] + 1) * plan.pitch;
   std::vector<float> sums(units * size);
   parallel(units, [&](int64_t begin, int64_t end) {
     Worker<T> worker(p, plan, /*backward=*/true);
@@ -547,8 +594,9 @@ void dispatch_narrow(ScalarType dtype, Body&& body) {
 }  // namespace
 
 bool has_depthwise(const PartialConvParams& p) {
-  return p.dtype != ScalarType::kFloat64 && p.groups > 1 && p.groups == p.in_channels &&
-         p.groups == p.out_channels;
+  const int64_t channels = p.in_channels / p.groups;
+  return p.dtype != ScalarType::kFloat64 && p.groups > 1 && p.in_channels == p.out_channels &&
+         (channels == 1 || channels == 2 || channels == kDepthwiseOrders);
 }
 
 void depthwise_forward_cpu(const PartialConvBackwardParams& params, const ParallelFor& parallel) {

@@ -9,6 +9,7 @@ namespace glance {
 
 constexpr int64_t kDepthwiseLanes = 8;  // what a pitch is a multiple of
 constexpr int kDepthwiseTaps = 9;       // of one call, at the most
+constexpr int kDepthwiseOrders = 4;     // of the lanes, at the most
 
 struct DepthwiseTap {
   const float* from;    // the tap's first pixel
@@ -56,6 +57,8 @@ struct DepthwiseLoops {
   void (*scale)(const Finish& finish, int64_t count, int64_t pitch, const float* result,
                 float* grad, float* bias);
   void (*move)(const PixelMove& move);
+  // to[i] = from[i ^ order], for an order from 1 to kDepthwiseOrders - 1, of whole vectors.
+  void (*reorder)(int64_t order, const float* from, int64_t count, float* to);
   void (*widen_half)(const Half* from, int64_t count, float* to);
   void (*widen_bfloat16)(const BFloat16* from, int64_t count, float* to);
   void (*narrow_half)(const float* from, int64_t count, Half* to);

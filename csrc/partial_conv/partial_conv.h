@@ -123,8 +123,9 @@ using ParallelFor =
     std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>& body)>;
 void fused_grad_weight_cpu(const PartialConvBackwardParams& params, const ParallelFor& parallel);
 
-// The fused path of depthwise layers (one channel a group, in and out) has kernels of its own,
-// which pack nothing: output and valid pixels, and all gradients that have a pointer.
+// The fused path of depthwise layers (one channel a group, in and out), and of those with groups of
+// 2 or 4 channels, has kernels of its own, which pack nothing: output and valid pixels, and all
+// gradients that have a pointer.
 bool has_depthwise(const PartialConvParams& params);
 void depthwise_forward_cpu(const PartialConvBackwardParams& params, const ParallelFor& parallel);
 void depthwise_backward_cpu(const PartialConvBackwardParams& params, const ParallelFor& parallel);

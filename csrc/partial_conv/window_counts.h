@@ -43,6 +43,9 @@ class WindowCounts {
       ++rows;
       whole = whole && all_valid(mask_row, p_.in_width);
     });
+    if (whole && rows == whole_rows_) return counts_.data();
+    whole_rows_ = whole ? rows : -1;
+    ++changes_;
     if (whole) {
       for (int64_t x = 0; x < p_.out_width; ++x) counts_[x] = rows * inside_[x];
       return counts_.data();
@@ -60,6 +63,9 @@ class WindowCounts {
     }
     return counts_.data();
   }
+
+  // How often row() gave other counts than at the call before.
+  int64_t changes() const { return changes_; }
 
   // Writes sum(1) / sum(M) of counts [begin, end) to `ratio`, 0 where the window is empty.
   template <typename A>
@@ -86,6 +92,8 @@ class WindowCounts {
   std::vector<int32_t> inside_;  // (Wo): taps of a window's row that are not padding
   std::vector<int32_t> columns_;
   std::vector<int32_t> counts_;
+  int32_t whole_rows_ = -1;  // that counts_ are of, if nothing is masked in them
+  int64_t changes_ = 0;
 };
 
 }  // namespace glance

@@ -33,6 +33,12 @@ SHAPES = {
     "depthwise wide": (5, 5, 21, 30, 5, 3, 4, 2, 5),  # of 25 taps, more than a loop takes at once
     "depthwise padded": (3, 3, 6, 4, 2, 1, 5, 1, 3),  # windows and rows of nothing but padding
     "depthwise in bands": (8, 8, 90, 110, 3, 2, 1, 1, 8),
+    "groups of 2": (16, 16, 12, 9, 3, 1, 1, 1, 8),
+    "groups of 2 strided": (22, 22, 13, 17, 3, 2, 1, 1, 11),
+    "groups of 4": (12, 12, 16, 11, 3, 1, 2, 2, 3),
+    "groups of 4 wide": (20, 20, 21, 30, 5, 3, 4, 2, 5),
+    "groups of 4 in bands": (16, 16, 68, 40, 3, 2, 1, 1, 4),
+    "groups of 8": (24, 24, 12, 9, 2, 1, 1, 1, 3),
     "many groups": (40, 80, 11, 9, 3, 2, 1, 1, 10),  # of 4 and 8 channels
     "one row of cache": (512, 20, 6, 5, 3, 1, 1, 1, 1),  # pixels 2 KiB apart, which is avoided
     "one row of cache strided": (256, 20, 9, 7, 3, 2, 1, 1, 1),
@@ -61,7 +67,7 @@ def results(
     ("shape", "holes"),
     [(s, "scattered") for s in SHAPES if not s.startswith("tiles")]
     + [(s, "small") for s in SHAPES]
-    + [(s, "by channel") for s in SHAPES if s.startswith("depthwise")],
+    + [(s, "by channel") for s in SHAPES if s.startswith(("depthwise", "groups of"))],
 )
 def test_both_paths_agree_with_the_specification(
     shape: str, holes: str, layout: str, dtype: torch.dtype
@@ -107,7 +113,7 @@ def test_both_paths_agree_with_the_specification(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("groups", [1, 10, 20], ids=["one group", "groups of 2", "depthwise"])
+@pytest.mark.parametrize("groups", [1, 5, 10, 20], ids=["one group", "4", "2", "depthwise"])
 def test_results_are_the_same_for_any_number_of_threads(groups: int, layout: str) -> None:
     random = torch.Generator().manual_seed(3)
     image = torch.randn(2, 20, 90, 110, generator=random).to(memory_format=LAYOUTS[layout])
@@ -147,14 +153,24 @@ def test_relu_of_depthwise_layers_is_that_of_the_specification(layout: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("groups", "with_avx2", "with_avx512"),
-    [(1, True, True), (2, True, True), (8, True, False), (16, False, False), (32, True, True)],
+    ("groups", "out", "with_avx2", "with_avx512"),
+    [
+        (1, 32, True, True),
+        (2, 32, True, True),
+        (4, 32, True, False),
+        (8, 32, True, True),
+        (16, 32, True, True),
+        (32, 32, True, True),
+        (32, 64, False, False),
+    ],
 )
-def test_rule_is_the_documented_one(groups: int, with_avx2: bool, with_avx512: bool) -> None:
+def test_rule_is_the_documented_one(
+    groups: int, out: int, with_avx2: bool, with_avx512: bool
+) -> None:
     image, mask = torch.rand(1, 32, 64, 64), torch.ones(64, 64, dtype=torch.bool)
     mask[3, 4] = False
     with torch.no_grad(), partial_conv_path("rule"), allocations() as sizes:
-        partial_conv2d(image, mask, torch.rand(32, 32 // groups, 3, 3), groups=groups)
+        partial_conv2d(image, mask, torch.rand(out, 32 // groups, 3, 3), groups=groups)
     capability = torch.backends.cpu.get_cpu_capability()
     fused = {"AVX2": with_avx2, "AVX512": with_avx512}.get(capability, False)
     assert (image.numel() * image.element_size() in sizes) is not fused
