@@ -15,6 +15,7 @@ from torch import Tensor
 
 from glance_ext import _library
 from glance_ext.ops.partial_conv_nd import compose
+from glance_ext.ops.reference import activation
 
 
 def partial_conv2d(
@@ -65,9 +66,7 @@ def partial_conv2d(
         count,
         height * width,
     )
-    if negative_slope == 0:
-        return F.relu(output), mask_out
-    return (output if negative_slope == 1 else F.leaky_relu(output, negative_slope)), mask_out
+    return activation(output, negative_slope), mask_out
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

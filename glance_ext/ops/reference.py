@@ -26,6 +26,13 @@ from glance_ext.ops._checks import (
 _CHUNK_ELEMENTS = 1 << 24
 
 
+def activation(x: Tensor, negative_slope: float) -> Tensor:
+    """``x if x > 0, else x * negative_slope``; ReLU, which stops infinity too, for a slope of 0."""
+    if negative_slope == 1:
+        return x
+    return F.leaky_relu(x, negative_slope) if negative_slope != 0 else F.relu(x)
+
+
 def partial_conv2d(
     input: Tensor,
     mask: Tensor,
@@ -62,7 +69,7 @@ def partial_conv2d(
     output = torch.einsum("gkc,ngcl->ngkl", w, x) * ratio[:, :, None]
     if bias is not None:
         output = output + bias.to(wide).reshape(groups, k // groups, 1)
-    output = F.leaky_relu(output, negative_slope) if negative_slope != 0 else F.relu(output)
+    output = activation(output, negative_slope)
     output = torch.where(count[:, :, None] > 0, output, 0)
     mask_out = count > 0
     if valid.shape[1] != 1:
@@ -222,7 +229,7 @@ def hole_conv2d(
     output = output * scale
     if bias is not None:
         output = output + bias.to(ratio.dtype)[:, None, None]
-    output = F.leaky_relu(output, negative_slope) if negative_slope != 0 else F.relu(output)
+    output = activation(output, negative_slope)
     return torch.where(scale != 0, output, 0).to(base.dtype)
 
 
