@@ -66,6 +66,15 @@ def test_reproduce_shows_what_further_steps_of_the_head_bring() -> None:
         ] in shown  # fmt: skip
 
 
+def test_reproduce_shows_what_the_novelty_brings() -> None:
+    text = (ROOT / "docs" / "results" / "novelty.json").read_text()
+    shown = _rows(ROOT / "docs" / "reproduce.md")
+    for found in json.loads(text)["results"]:
+        settings = [f"{found['memory_share']:g}", found["scale"], f"{found['lambda_s']:g}"]
+        figures = [f"{found[key]:.3f}" for key in ("image_AUROC", "pixel_AUPRO")]
+        assert [found["set"], *settings, *figures] in shown
+
+
 def test_reproduce_shows_the_committed_classes_of_cifar10() -> None:
     found = json.loads((ROOT / "docs" / "results" / "cifar10.json").read_text())
     assert sorted(found["results"]) == sorted(CLASSES)

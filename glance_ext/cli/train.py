@@ -84,6 +84,21 @@ def training_options(command: Any) -> Any:
             "where an anomaly is the whole image.",
         ),
         click.option(
+            "--surprisal/--no-surprisal",
+            default=None,
+            help="Bring scores to one scale as -log of the share of good patches that score "
+            "higher, or else to mean 0 and variance 1; the paper mixes them raw.",
+        ),
+        click.option(
+            "--memory-size",
+            type=click.IntRange(0),
+            help="Features of good patches to keep; the distance to the nearest of them then takes "
+            "its share of a patch's score. The paper's is 0.",
+        ),
+        click.option(
+            "--memory-share", type=click.FloatRange(0, 1), help="That share, with a memory."
+        ),
+        click.option(
             "--distortion",
             type=click.Choice(["stain", "turn"]),
             help="What the distortion head learns to tell from good patches: stains, as in the "

@@ -31,6 +31,8 @@ SCHEDULE = {
     "head_steps": 500,
     "held_out_most": 500,
     "lambda_s": 0.5,
+    "surprisal": False,
+    "memory_size": 0,
     "aggregation": "mean",
 }
 """Of the default preset, for a few minutes a class on one core of a CPU."""

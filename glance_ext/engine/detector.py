@@ -139,11 +139,20 @@ class Detector:
             whiten_over = str(metadata.get("whiten_over", "patch"))
             if whiten_over not in WHITEN_OVER:
                 raise ValueError(f"whiten_over {whiten_over}")
+            memory_size = int(metadata.get("memory_size", 0))
+            if memory_size < 0:
+                raise ValueError(f"memory_size {memory_size}")
             calibration = Calibration.from_json(metadata["calibration"])
             settings = dict(metadata["settings"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: the model's metadata is incomplete: {error}") from error
-        model = Glance(local_net, patch_scale=patch_scale, whiten=whiten, whiten_over=whiten_over)
+        model = Glance(
+            local_net,
+            patch_scale=patch_scale,
+            whiten=whiten,
+            whiten_over=whiten_over,
+            memory_size=memory_size,
+        )
         load_module(model, tensors, "model", file)
         return cls(model, calibration, settings, **options)
 
@@ -156,6 +165,7 @@ class Detector:
             "patch_scale": self.model.patch_scale,
             "whiten": scale is not None,
             "whiten_over": "patch" if scale is None else scale.over,
+            "memory_size": 0 if self.model.memory is None else len(self.model.memory),
             "calibration": self.calibration.to_json(),
             "settings": self.settings,
         }
@@ -321,6 +331,8 @@ def calibrate(
     optimistic: bool,
     device: torch.device,
     image_score: str = "max",
+    memory_share: float = 0.0,
+    surprisal: bool = False,
 ) -> Calibration:
     """Measures the heads' scales and the image scores of held-out normal images.
 
@@ -329,13 +341,15 @@ def calibrate(
         images: Held-out normal images, each ``(3, 256, 256)``, or with ``tile`` ``(3, h, w)``; gone
             through once, so it may be an iterator that reads them or shows progress.
         lambda_s: Share of the inconsistency score.
-        standardise: Whether to standardise the heads.
+        standardise: Whether to bring the heads to one scale.
         aggregation: How patches become a map.
         grid: Which patches are scored.
         tile: Whether images have their own resolution and are scored in windows.
         optimistic: Whether these images were trained on.
         device: Where to compute.
         image_score: What of its map an image's score is.
+        memory_share: Share of the novelty in a patch's score, if the model has one.
+        surprisal: Whether that scale is the surprisal, or else mean 0 and variance 1.
     """
     scale = HeadScale(0.0, 1.0)
     draft = Calibration(
@@ -350,6 +364,7 @@ def calibrate(
         optimistic=optimistic,
         tile=tile,
         image_score=image_score,
+        memory_share=memory_share if model.memory is not None else 0.0,
     )
     detector = Detector(model, draft, device=device)
     scored = []  # for each image its canvas and its windows' scores: scales come before maps
@@ -361,10 +376,12 @@ def calibrate(
         ]
         scored.append((canvas, parts))
     every = [part for _, parts in scored for part in parts]
+    novelties = [part.novelty for part in every if part.novelty is not None]
     detector.calibration = draft = replace(
         draft,
-        inconsistency=head_scale([part.inconsistency for part in every]),
-        log_odds=head_scale([part.log_odds for part in every]),
+        inconsistency=head_scale([part.inconsistency for part in every], surprisal),
+        log_odds=head_scale([part.log_odds for part in every], surprisal),
+        novelty=head_scale(novelties, surprisal) if novelties else None,
     )
     peaks, quantiles = [], []
     for canvas, parts in scored:

@@ -48,6 +48,7 @@ class GraphedFunction:
                 self._output.inconsistency.clone(),
                 self._output.distortion.clone(),
                 self._output.log_odds.clone(),
+                None if self._output.novelty is None else self._output.novelty.clone(),
             )
 
     def _capture(self) -> None:

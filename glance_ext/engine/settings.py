@@ -46,12 +46,17 @@ class TrainSettings:
         head_steps: Further steps of the distortion head alone behind stage 3, with both networks
             frozen, on up to 1,500 images; the paper's are 0.
         lambda_s: Share of the inconsistency score in a patch's score.
-        standardise: Whether each head's score is brought to mean 0 and variance 1 over held-out
-            normal patches before mixing; the paper mixes raw scores.
+        standardise: Whether the heads' scores are brought to one scale over held-out normal patches
+            before mixing; the paper mixes raw scores.
+        surprisal: Whether that scale is the surprisal, ``-log`` of the share of normal patches that
+            score higher, or else mean 0 and variance 1.
         whiten: Whether ``s_IAD`` is of the difference whitened over normal patches; the paper's is
             of the difference as it is.
         whiten_over: Whether that is each patch's difference, ``"patch"``, or the mean difference of
             all patches of an image, ``"image"``.
+        memory_size: Local features of normal patches that are kept, and how far a patch is from
+            the nearest of them is part of its score; 0 for none, as in the paper.
+        memory_share: Share of that in a patch's score.
         image_score: What of its map an image's score is: ``"max"``, ``"contrast"`` for the
             greatest value above the map's median, or ``"mean"``.
         aggregation: How patches become a map; see ``aggregate_patch_scores``.
@@ -81,10 +86,13 @@ class TrainSettings:
     lambda_t: float = 0.01
     distortion: str = "stain"
     head_steps: int = 0
-    lambda_s: float = 0.25
+    lambda_s: float = 0.0
     standardise: bool = True
+    surprisal: bool = True
     whiten: bool = True
     whiten_over: str = "patch"
+    memory_size: int = 2000
+    memory_share: float = 0.5
     image_score: str = "max"
     aggregation: str = "gaussian"
     grid: str = "4"
@@ -122,6 +130,21 @@ class TrainSettings:
             )
         if self.head_steps < 0:
             raise GlanceError(f"head steps: expected at least 0, got {self.head_steps}")
+        if self.memory_size < 0:
+            raise GlanceError(f"memory size: expected at least 0, got {self.memory_size}")
+        if not 0 <= self.memory_share <= 1:
+            raise GlanceError(
+                f"memory share: expected a share between 0 and 1, got {self.memory_share}"
+            )
+        if self.memory_size and not self.standardise:
+            raise GlanceError(
+                "memory size: expected 0 with a raw mix of scores, which has no scale for the "
+                f"novelty, got {self.memory_size}"
+            )
+        if self.surprisal and not self.standardise:
+            raise GlanceError(
+                "surprisal: expected none with a raw mix of scores, which brings them to no scale"
+            )
         if self.whiten_over not in WHITEN_OVER:
             raise GlanceError(
                 f"whiten over: expected one of {', '.join(WHITEN_OVER)}, got {self.whiten_over!r}"
@@ -169,6 +192,8 @@ PRESETS: dict[str, TrainSettings] = {
         stains="small",
         lambda_s=0.8,
         standardise=False,
+        surprisal=False,
+        memory_size=0,
         whiten=False,
         image_score="max",
         aggregation="mean",

@@ -26,6 +26,7 @@ from glance_ext.engine.distributed import World
 from glance_ext.engine.head import head_stage
 from glance_ext.engine.joint import joint_stage
 from glance_ext.engine.loop import History, Trainer
+from glance_ext.engine.memory import fit_memory
 from glance_ext.engine.residuals import fit_residual_scale
 from glance_ext.engine.settings import TrainSettings
 from glance_ext.engine.windows import load_windows, read, usable
@@ -35,6 +36,7 @@ from glance_ext.models.glance import IMAGE_SIZE, Glance
 
 STATE_FILE = "training.safetensors"
 _WHITENING_IMAGES = 32
+_MEMORY_IMAGES = 64
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ def train_loaded(
         patch_scale=settings.patch_scale,
         whiten=settings.whiten,
         whiten_over=settings.whiten_over,
+        memory_size=settings.memory_size,
     ).to(device)
     distilled.decoder.to(device)
     trainer = Trainer(
@@ -220,6 +223,16 @@ def train_loaded(
             else [images[i] for i in _spread(len(images), _WHITENING_IMAGES)]
         )
         fit_residual_scale(model, with_progress(some, "whiten"), grid=settings.grid, device=device)
+    if settings.memory_size:
+        some = [images[i] for i in _spread(len(images), _MEMORY_IMAGES)]
+        fit_memory(
+            model,
+            with_progress(some, "memory"),
+            count=len(some),
+            grid=settings.grid,
+            seed=settings.seed,
+            device=device,
+        )
     calibration = calibrate(
         model,
         with_progress(held_out or [images[0]], "calibrate"),
@@ -231,6 +244,8 @@ def train_loaded(
         optimistic=optimistic,
         device=device,
         image_score=settings.image_score,
+        memory_share=settings.memory_share,
+        surprisal=settings.surprisal,
     )
     record: dict[str, Any] = {
         **settings.to_json(),

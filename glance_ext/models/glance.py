@@ -14,6 +14,7 @@ from glance_ext.models.global_net import GlobalNet, hole_masks
 from glance_ext.models.heads import DistortionHead, ResidualScale, distortion, inconsistency
 from glance_ext.models.local_net import LocalNet
 from glance_ext.models.local_plan import LocalPlan
+from glance_ext.models.memory import FeatureMemory
 from glance_ext.models.normalisation import normalise
 from glance_ext.nn import HolePlan
 
@@ -30,11 +31,14 @@ class HeadScores:
             :class:`~glance_ext.models.heads.ResidualScale`.
         distortion: ``s_DAD`` in [0, 1], the same shape.
         log_odds: The distortion head's log-odds of being distorted, the same shape.
+        novelty: Distance to the nearest normal patch that is kept, the same shape; None where the
+            model has no :class:`~glance_ext.models.memory.FeatureMemory`.
     """
 
     inconsistency: Tensor
     distortion: Tensor
     log_odds: Tensor
+    novelty: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Glance(nn.Module):
         whiten: Whether ``s_IAD`` is of the whitened difference; it is the plain one until
             ``residual_scale`` is fitted.
         whiten_over: ``"patch"``, or ``"image"`` for the mean difference of an image's patches.
+        memory_size: How many features of normal patches are kept for the novelty score; 0 for none,
+            and no such score.
     """
 
     def __init__(
@@ -77,6 +83,7 @@ class Glance(nn.Module):
         *,
         whiten: bool = False,
         whiten_over: str = "patch",
+        memory_size: int = 0,
     ) -> None:
         super().__init__()
         self.patch_scale = patch_scale
@@ -84,6 +91,7 @@ class Glance(nn.Module):
         self.global_net = global_net or GlobalNet(local_net.features)
         self.distortion_head = distortion_head or DistortionHead(local_net.features)
         self.residual_scale = ResidualScale(local_net.features, whiten_over) if whiten else None
+        self.memory = FeatureMemory(memory_size, local_net.features) if memory_size else None
 
     @property
     def view_size(self) -> int:
@@ -112,7 +120,10 @@ class Glance(nn.Module):
         local_features, global_features = self.patch_features(images, origins)
         scores = self.compare(local_features[:, None], global_features[:, None])
         return HeadScores(
-            scores.inconsistency[:, 0], scores.distortion[:, 0], scores.log_odds[:, 0]
+            scores.inconsistency[:, 0],
+            scores.distortion[:, 0],
+            scores.log_odds[:, 0],
+            None if scores.novelty is None else scores.novelty[:, 0],
         )
 
     def patch_features(self, images: Tensor, origins: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,7 +138,10 @@ class Glance(nn.Module):
         log_odds = self.distortion_head(local_features, global_features)
         difference = inconsistency if self.residual_scale is None else self.residual_scale
         return HeadScores(
-            difference(local_features, global_features), distortion(log_odds), -log_odds
+            difference(local_features, global_features),
+            distortion(log_odds),
+            -log_odds,
+            None if self.memory is None else self.memory(local_features),
         )
 
     def plan(

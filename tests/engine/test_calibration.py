@@ -1,10 +1,18 @@
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from glance_ext.engine.calibration import Calibration, HeadScale, head_scale, image_score
+from glance_ext.engine.calibration import (
+    Calibration,
+    HeadScale,
+    Surprisal,
+    head_scale,
+    image_score,
+)
 from glance_ext.models.glance import HeadScores
 
 
@@ -77,16 +85,65 @@ def test_json_gives_back_the_same_calibration() -> None:
     assert Calibration.from_json(json.loads(json.dumps(original.to_json()))) == original
 
 
+def test_novelty_takes_its_share_by_its_own_scale() -> None:
+    novel = calibration(novelty=HeadScale(0.5, 0.25), memory_share=0.75)
+    scores = replace(SCORES, novelty=torch.tensor([[0.5, 1.5]]))
+    heads = calibration().mix(SCORES)[0]
+    expected = [0.25 * float(heads[0]), 0.75 * 4 + 0.25 * float(heads[1])]
+    assert novel.mix(scores).tolist() == [pytest.approx(expected)]
+    again = Calibration.from_json(json.loads(json.dumps(novel.to_json())))
+    assert again == novel
+
+
+def test_surprisal_is_minus_log_of_the_share_that_is_higher() -> None:
+    """Of an exponential distribution that is the score itself, in the extrapolated tail too."""
+    normal = np.random.default_rng(0).exponential(size=200_000)
+    scores = torch.tensor([[0.1, 1.0, 2.5], [4.0, 7.0, 14.0]], dtype=torch.float64)
+    found = Surprisal.of(normal)(scores)
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, scores, rtol=0.05, atol=0.02)
+    higher = (torch.from_numpy(normal)[:, None, None] > scores[:1]).double().mean(0)
+    torch.testing.assert_close(found[:1], -higher.log(), rtol=0, atol=0.01)
+
+
+def test_two_heads_of_any_scale_and_shape_are_alike_in_their_surprisals() -> None:
+    normal = np.random.default_rng(0).normal(size=(8, 5000))
+    one, other = Surprisal.of(normal), Surprisal.of(np.exp(3 * normal) * 100 - 7)
+    asked = torch.tensor([-1.0, 0.0, 1.0, 2.0])
+    torch.testing.assert_close(one(asked), other((3 * asked).exp() * 100 - 7), rtol=0.02, atol=0.01)
+
+
+def test_surprisal_never_falls_and_is_finite() -> None:
+    for normal in (np.r_[np.zeros(500), np.ones(500)], np.full(100, 3.0), np.array([2.0])):
+        scale = Surprisal.of(normal)
+        found = scale(torch.linspace(-5, 5, 400))
+        assert bool(found.isfinite().all())
+        assert float(found[0]) == 0
+        assert bool((found.diff() >= 0).all())
+        assert float(found[-1]) > 1  # far above every normal one
+        assert scale(torch.zeros(0, 3)).shape == (0, 3)
+
+
+def test_surprisal_takes_the_place_of_mean_and_deviation() -> None:
+    scores = [torch.randn(2, 400), torch.randn(1, 400)]
+    scale = head_scale(scores, surprisal=True)
+    assert scale.mean == head_scale(scores).mean
+    assert torch.equal(scale(scores[0]), scale.surprisal(scores[0]))
+    assert not torch.allclose(scale(scores[0]), head_scale(scores)(scores[0]))
+    original = calibration(inconsistency=scale, novelty=scale)
+    assert Calibration.from_json(json.loads(json.dumps(original.to_json()))) == original
+
+
 def test_incomplete_json_is_refused() -> None:
     value = calibration().to_json()
-    for key in value.keys() - {"tile", "image_score"}:
+    for key in value.keys() - {"tile", "image_score", "novelty", "memory_share"}:
         with pytest.raises((KeyError, TypeError)):
             Calibration.from_json({k: v for k, v in value.items() if k != key})
 
 
-def test_models_from_before_tiles_and_image_scores_have_none() -> None:
+def test_models_from_before_tiles_image_scores_and_memory_have_none() -> None:
     value = calibration().to_json()
-    del value["tile"], value["image_score"]
+    del value["tile"], value["image_score"], value["novelty"], value["memory_share"]
     assert Calibration.from_json(value) == calibration(tile=False, image_score="max")
 
 

@@ -17,6 +17,7 @@ def test_the_papers_preset_has_the_papers_numbers() -> None:
     assert not paper.standardise
     assert (paper.stains, paper.aggregation) == ("small", "mean")
     assert not paper.whiten
+    assert (paper.memory_size, paper.surprisal) == (0, False)
     assert (paper.patch_scale, paper.distortion, paper.head_steps) == (1, "stain", 0)
 
 
@@ -58,6 +59,16 @@ def test_changes_that_are_none_change_nothing() -> None:
         ({"grid": "99"}, "grid: expected 'paper' or a stride"),
         ({"distortion": "scratch"}, "distortion: expected one of stain, turn, got 'scratch'"),
         ({"head_steps": -1}, "head steps: expected at least 0, got -1"),
+        ({"memory_size": -1}, "memory size: expected at least 0, got -1"),
+        ({"memory_share": 1.5}, "memory share: expected a share between 0 and 1, got 1.5"),
+        (
+            {"standardise": False, "surprisal": False},
+            "memory size: expected 0 with a raw mix of scores",
+        ),
+        (
+            {"standardise": False, "memory_size": 0},
+            "surprisal: expected none with a raw mix of scores",
+        ),
         ({"whiten_over": "row"}, "whiten over: expected one of patch, image, got 'row'"),
     ],
 )

@@ -1,0 +1,104 @@
+"""How far a patch is from every normal patch that was kept."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_CHUNK = 1 << 22  # distances that are held at a time
+_PROJECTED = 32  # dimensions in which a coreset is chosen
+
+
+class FeatureMemory(nn.Module):
+    """Local features of normal patches, and how far another one is from the nearest of them.
+
+    The inconsistency tells a patch that does not fit its surroundings, the distortion head one
+    that resembles its stains. A patch that resembles nothing seen in training is neither, if its
+    surroundings foretell it no worse than the next one. Not in the paper; after PatchCore (Roth et
+    al., CVPR 2022).
+
+    Features are compared by their direction, each channel scaled by its spread over normal patches:
+    their length says how strong a patch's texture is, which light and focus change.
+
+    Args:
+        size: How many features are kept.
+        features: n, the length of each.
+    """
+
+    kept: Tensor
+    spread: Tensor
+
+    def __init__(self, size: int, features: int = 128) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(size, features))
+        self.register_buffer("spread", torch.ones(features))
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def forward(self, local_features: Tensor) -> Tensor:
+        """Novelty ``min_m ||d(Z_l) - d(Z_m)||_2`` of patches, ``(N, P)`` from ``(N, P, n)``.
+
+        ``d`` is the direction of a scaled feature, so that this is from 0 to 2.
+        """
+        directions = self.directions(local_features.flatten(0, -2))
+        chunk = max(1, _CHUNK // len(self.kept))
+        alike = torch.cat([(some @ self.kept.T).amax(1) for some in directions.split(chunk)])
+        return (2 - 2 * alike).clamp_min(0).sqrt().reshape(local_features.shape[:-1])
+
+    def directions(self, features: Tensor) -> Tensor:
+        """Features ``(M, n)`` scaled to the spread of each channel, and then to unit length."""
+        return F.normalize(features / self.spread, dim=-1)
+
+    @torch.no_grad()
+    def fit(self, features: Tensor, generator: torch.Generator) -> None:
+        """Keeps the directions of a coreset of ``features``, or of all if they are fewer.
+
+        Args:
+            features: ``(M, n)`` of normal patches.
+            generator: Of the projection in which it is chosen.
+
+        Raises:
+            ValueError: There is no feature.
+        """
+        if len(features) < 1:
+            raise ValueError("FeatureMemory: expected at least one feature, got 0")
+        spread = features.std(0, correction=0)
+        self.spread.copy_(spread.clamp_min(1e-3 * float(spread.max()) + 1e-12))
+        directions = self.directions(features.to(self.spread))
+        picks = coreset(directions, len(self.kept), generator)
+        self.kept = directions[picks.to(features.device)]
+
+
+def coreset(features: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Indices of features that leave none of the others far from all of them.
+
+    Greedy: the first, then again and again the one that is farthest from those already chosen
+    (Gonzalez, 1985), by distances in a random projection.
+
+    Args:
+        features: ``(M, n)``.
+        size: How many to choose.
+        generator: Of the projection.
+
+    Returns:
+        ``(min(size, M),)`` int64, on the CPU.
+    """
+    if size >= len(features):
+        return torch.arange(len(features))
+    wide = features.shape[1]
+    projected = features.float()
+    if wide > _PROJECTED:
+        projection = torch.randn(wide, _PROJECTED, generator=generator) / _PROJECTED**0.5
+        projected = projected @ projection.to(features.device)
+    # |x - c|^2 less |x|^2 + |c|^2, which one product of a matrix and a vector gives
+    squares = projected.square().sum(1)
+    chosen = [0]
+    distance = squares.new_full((len(features),), torch.inf)
+    while len(chosen) < size:
+        last = chosen[-1]
+        between = squares + squares[last] - 2 * (projected @ projected[last])
+        distance = torch.minimum(distance, between)
+        chosen.append(int(distance.argmax()))
+    return torch.tensor(chosen)

@@ -1,0 +1,97 @@
+"""Filling the memory from normal images, and its score from training to detection."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from glance_ext.data.grid import patch_grid
+from glance_ext.engine.detector import MODEL_FILE, Detector
+from glance_ext.engine.memory import fit_memory
+from glance_ext.engine.settings import TrainSettings, preset
+from glance_ext.engine.train import train
+from glance_ext.errors import GlanceError
+from glance_ext.models.glance import Glance
+from glance_ext.models.local_net import LocalNet
+from tests.engine import test_detector
+
+RAW = replace(test_detector.RAW, grid="33")
+
+
+@pytest.fixture(scope="module")
+def filled() -> tuple[Glance, list[torch.Tensor]]:
+    torch.manual_seed(0)
+    model = Glance(LocalNet(5, 4), memory_size=500)
+    images = [torch.rand(3, 256, 256) for _ in range(3)]
+    fit_memory(model, iter(images), count=3, grid="33", seed=0, device=torch.device("cpu"))
+    return model, images
+
+
+def test_patches_that_were_seen_are_not_new(filled: tuple[Glance, list[torch.Tensor]]) -> None:
+    model, images = filled
+    starts = patch_grid("33").starts
+    assert len(model.memory) == 3 * len(starts) ** 2  # fewer than there is room for: all
+    plan = model.plan(starts, starts)
+    assert float(model.score_grid(torch.stack(images), plan).novelty.max()) < 2e-3
+    assert float(model.score_grid(torch.rand(1, 3, 256, 256), plan).novelty.max()) > 0.01
+
+
+def test_every_path_gives_the_novelty(filled: tuple[Glance, list[torch.Tensor]]) -> None:
+    model, _ = filled
+    image = torch.rand(1, 3, 256, 256)
+    detector = Detector(model, RAW)
+    shared = detector.score_patches(image).novelty
+    each = model.score_patches(image, detector.grid.origins).novelty
+    one = model(image, detector.grid.origins[:1]).novelty
+    torch.testing.assert_close(shared, each, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(one, each[:, 0], atol=1e-3, rtol=1e-3)
+    low = Detector(model, RAW, precision="bfloat16").score_patches(image).novelty
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, shared, atol=0.05, rtol=0.1)
+
+
+def test_memory_is_the_same_for_a_seed_and_differs_between_seeds() -> None:
+    torch.manual_seed(1)
+    net = LocalNet(5, 4)
+    images = [torch.rand(3, 256, 256) for _ in range(3)]
+    kept = []
+    for seed in (0, 0, 1):
+        model = Glance(net, memory_size=20)
+        fit_memory(model, iter(images), count=3, grid="33", seed=seed, device=torch.device("cpu"))
+        kept.append(model.memory.kept)
+    assert torch.equal(kept[0], kept[1])
+    assert not torch.equal(kept[0], kept[2])
+
+
+def test_training_fills_it_and_the_detector_keeps_it(
+    tmp_path: Path, pictures: list[Path], local_net_file: Path
+) -> None:
+    settings = TrainSettings(
+        steps=2, batch_size=4, grid="33", memory_size=30, memory_share=0.75, lambda_s=0.5
+    )
+    result = train(
+        pictures,
+        settings,
+        output=tmp_path / "run",
+        local_net=local_net_file,
+        show_progress=False,
+    )
+    detector = Detector.load(tmp_path / "run" / MODEL_FILE)
+    assert torch.equal(detector.model.memory.kept, result.detector.model.memory.kept)
+    assert len(detector.model.memory) == 30
+    assert float(detector.model.memory.kept.norm(dim=1).min()) == pytest.approx(1, abs=1e-5)
+    calibration = detector.calibration
+    assert calibration.memory_share == 0.75
+    image = np.random.default_rng(0).random((256, 256, 3), dtype=np.float32)
+    scores = detector.score_patches(detector.prepare(image)[None])
+    novel = calibration.novelty(scores.novelty)
+    without = replace(calibration, novelty=None).mix(scores)
+    torch.testing.assert_close(calibration.mix(scores), 0.75 * novel + 0.25 * without)
+    assert not torch.allclose(calibration.mix(scores), without)
+
+
+def test_a_raw_mix_takes_no_memory() -> None:
+    with pytest.raises(GlanceError, match="memory size: expected 0 with a raw mix"):
+        preset("paper", memory_size=100)

@@ -1,0 +1,78 @@
+"""The memory of normal features and the coreset that it keeps."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from glance_ext.models.memory import FeatureMemory, coreset
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def normal() -> torch.Tensor:
+    scales = torch.tensor([0.1, 1.0, 10.0, 3.0, 1.0, 0.5])
+    return torch.randn(300, 6, generator=generator()) * scales
+
+
+def test_novelty_is_the_distance_to_the_nearest_direction(normal: torch.Tensor) -> None:
+    memory = FeatureMemory(40, 6)
+    memory.fit(normal, generator())
+    asked = torch.randn(2, 5, 6, generator=generator(1))
+    spread = normal.double().std(0, correction=0)
+    kept = F.normalize(normal.double() / spread, dim=-1)
+    kept = kept[coreset(F.normalize(normal / spread.float(), dim=-1), 40, generator())]
+    expected = torch.cdist(F.normalize(asked.double() / spread, dim=-1).flatten(0, 1), kept)
+    found = memory(asked)
+    assert found.shape == (2, 5)
+    torch.testing.assert_close(found.double(), expected.amin(1).reshape(2, 5), atol=1e-5, rtol=1e-5)
+
+
+def test_what_was_kept_is_not_new_whatever_its_strength(normal: torch.Tensor) -> None:
+    memory = FeatureMemory(1000, 6)
+    memory.fit(normal, generator())
+    assert len(memory) == 300  # there were no more
+    for strength in (0.1, 1.0, 7.0):
+        assert float(memory(normal[None] * strength).max()) < 2e-3
+    assert float(memory(-normal[:1][None])) > 0.1
+
+
+def test_memory_is_asked_in_chunks(normal: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = FeatureMemory(40, 6)
+    memory.fit(normal, generator())
+    expected = memory(normal[None])
+    monkeypatch.setattr("glance_ext.models.memory._CHUNK", 40 * 7)
+    # the square root makes much of the last bit near 0
+    torch.testing.assert_close(memory(normal[None]), expected, atol=1e-3, rtol=1e-5)
+
+
+def test_a_channel_that_never_moves_decides_nothing() -> None:
+    normal = torch.randn(50, 4, generator=generator())
+    normal[:, 2] = 0.25
+    memory = FeatureMemory(50, 4)
+    memory.fit(normal, generator())
+    assert bool(memory.spread.isfinite().all())
+    assert bool((memory.spread > 0).all())
+    assert float(memory(normal[None]).max()) < 2e-3
+
+
+def test_coreset_leaves_nothing_far_from_it() -> None:
+    """Of clusters it takes one of each before a second of any; few random ones would miss some."""
+    centres = torch.randn(20, 40, generator=generator()) * 10
+    sizes = [400] + [3] * 19
+    rows = torch.cat([c.expand(n, -1) for c, n in zip(centres, sizes, strict=True)])
+    rows = rows + torch.randn(rows.shape, generator=generator(1)) * 0.01
+    picks = coreset(rows, 20, generator(2))
+    assert picks.unique().numel() == 20
+    assert float(torch.cdist(rows, rows[picks]).amin(1).max()) < 1
+
+
+def test_coreset_of_more_than_there_are_is_all() -> None:
+    assert coreset(torch.randn(5, 3), 9, generator()).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_without_a_feature_nothing_can_be_kept() -> None:
+    with pytest.raises(ValueError, match="expected at least one feature, got 0"):
+        FeatureMemory(3, 2).fit(torch.zeros(0, 2), generator())
