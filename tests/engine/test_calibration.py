@@ -122,6 +122,7 @@ def test_surprisal_never_falls_and_is_finite() -> None:
         assert bool((found.diff() >= 0).all())
         assert float(found[-1]) > 1  # far above every normal one
         assert scale(torch.zeros(0, 3)).shape == (0, 3)
+        assert bool(scale(torch.from_numpy(normal)).isfinite().all())  # among equal ones too
 
 
 def test_surprisal_takes_the_place_of_mean_and_deviation() -> None:
