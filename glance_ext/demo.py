@@ -87,7 +87,12 @@ def _run_texture(output: Path, name: str, settings: Any, device: torch.device) -
     start = time.perf_counter()
     try:
         trained = train(
-            normal_images(data, None), settings, output=folder, device=device, on_error=unusable
+            normal_images(data, None),
+            settings,
+            output=folder,
+            device=device,
+            on_error=unusable,
+            validation=normal_images(None, data / "validation" / "good"),
         )
     except Interrupted:  # its message speaks of --resume; a demo begins anew
         raise KeyboardInterrupt from None
@@ -139,13 +144,14 @@ def _page(sections: list[Section]) -> list[Section]:
         [
             Paragraph(
                 "For each texture a model was trained on 40 crops of the left part of a photograph "
-                "(brick, grass and gravel, as scikit-image ships them). Into crops of the right "
-                "part, which share no pixel with the first, defects were drawn: blots, scratches, "
-                "pieces of another texture, and smears. The model saw no such defect in training."
+                "(brick, grass and gravel, as scikit-image ships them). Into crops of the lower "
+                "right part, which share no pixel with the first, defects were drawn: blots, "
+                "scratches, pieces of another texture, and smears. The model saw no such defect in "
+                "training."
             ),
             Paragraph(
                 "Training was of the quick preset, minutes on a CPU. The threshold comes from good "
-                "crops that were held out of training, not from the test crops."
+                "crops of the upper right part, which share no pixel with the others."
             ),
         ],
     )

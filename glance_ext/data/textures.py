@@ -13,7 +13,8 @@ from glance_ext.files import atomic_write
 
 TEXTURES = ("brick", "grass", "gravel")
 CROP = 192
-_TRAIN_COLUMNS = 300  # of 512: training and test crops share no pixel
+_TRAIN_COLUMNS = 300  # of 512: training crops share no pixel with the others
+_HELD_OUT_ROWS = 212  # of the rest, of which test crops have none
 
 
 def texture(name: str) -> np.ndarray:
@@ -25,27 +26,41 @@ def texture(name: str) -> np.ndarray:
 
 
 def write_texture_set(
-    folder: Path, name: str, *, seed: int, train: int = 40, good: int = 5, each: int = 2
+    folder: Path,
+    name: str,
+    *,
+    seed: int,
+    train: int = 40,
+    held_out: int = 8,
+    good: int = 5,
+    each: int = 2,
 ) -> None:
-    """Writes crops of a texture as a data set in the MVTec layout.
+    """Writes crops of a texture as a data set in the MVTec layout, with ``validation/good``.
+
+    Crops of one part overlap, so that those held out for a threshold come from a part of their own:
+    among training crops they would look more familiar than any crop to come.
 
     Args:
-        folder: Where ``train``, ``test`` and ``ground_truth`` go.
+        folder: Where ``train``, ``validation``, ``test`` and ``ground_truth`` go.
         name: One of :data:`TEXTURES`.
         seed: Of crops and defects.
         train: How many training crops, from the left part.
-        good: How many test crops without defect, from the right part.
-        each: How many test crops with each kind of defect.
+        held_out: How many crops without defect for calibration, from the upper right part.
+        good: How many test crops without defect, from the lower right part.
+        each: How many test crops with each kind of defect, from there too.
 
     Raises:
         OutputError: A file cannot be written.
     """
     rng = np.random.default_rng([seed, TEXTURES.index(name)])
     picture = texture(name)
-    left, right = picture[:, :_TRAIN_COLUMNS], picture[:, _TRAIN_COLUMNS:]
+    left, right = picture[:, :_TRAIN_COLUMNS], picture[_HELD_OUT_ROWS:, _TRAIN_COLUMNS:]
+    upper = picture[:_HELD_OUT_ROWS, _TRAIN_COLUMNS:]
     other = texture(TEXTURES[(TEXTURES.index(name) + 1) % len(TEXTURES)])
     for index in range(train):
         _write_image(folder / "train" / "good" / f"{index:03}.png", _crop(left, rng))
+    for index in range(held_out):
+        _write_image(folder / "validation" / "good" / f"{index:03}.png", _crop(upper, rng))
     for index in range(good):
         _write_image(folder / "test" / "good" / f"{index:03}.png", _crop(right, rng))
     for kind, damage in DEFECTS.items():

@@ -44,15 +44,21 @@ def test_masks_mark_what_was_changed() -> None:
             assert change[~binary_dilation(mask, iterations=6)].max() < 1e-6, kind
 
 
-def test_training_and_test_crops_share_no_pixel(
+def test_training_held_out_and_test_crops_share_no_pixel(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    columns = np.repeat(np.arange(512, dtype=np.float32)[None] / 511, 512, 0)
-    monkeypatch.setattr(textures, "texture", lambda name: np.repeat(columns[..., None], 3, 2))
-    write_texture_set(tmp_path, "grass", seed=0, train=12, good=12, each=1)
-    train = [load_image(p) for p in (tmp_path / "train").rglob("*.png")]
-    good = [load_image(p) for p in (tmp_path / "test" / "good").rglob("*.png")]
-    assert max(image.max() for image in train) < min(image.min() for image in good)
+    """The picture's first two channels say where a pixel is."""
+    places = np.stack([*np.mgrid[:512, :512], np.zeros((512, 512))], -1).astype(np.float32) / 511
+    monkeypatch.setattr(textures, "texture", lambda name: places)
+    write_texture_set(tmp_path, "grass", seed=0, train=12, held_out=12, good=12, each=1)
+    corners = {}
+    for part in ("train", "validation", "test/good"):
+        found = [load_image(path)[..., :2] for path in (tmp_path / part).rglob("*.png")]
+        assert len(found) == 12
+        corners[part] = np.min(found, (0, 1, 2)), np.max(found, (0, 1, 2))
+    assert corners["train"][1][1] < corners["validation"][0][1]
+    assert corners["train"][1][1] < corners["test/good"][0][1]
+    assert corners["validation"][1][0] < corners["test/good"][0][0]
 
 
 def test_the_seed_decides(folder: Path, tmp_path: Path) -> None:
