@@ -193,12 +193,15 @@ class HoleFeatures:
             )
             budget = _CPU_BYTES if images.device.type == "cpu" else _GPU_BYTES
             at_once = max(1, min(at_once, budget // max(1, per_image)))
+        if at_once >= images.shape[0]:  # a slice of all would make contiguous gradients
+            parts = [self._through_holes(bases, chunk) for chunk in plan.chunks]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         rows = []
-        for start in range(0, max(1, images.shape[0]), at_once):
+        for start in range(0, images.shape[0], at_once):
             some = [base[start : start + at_once] for base in bases]
             parts = [self._through_holes(some, chunk) for chunk in plan.chunks]
             rows.append(parts[0] if len(parts) == 1 else torch.cat(parts, 1))
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        return torch.cat(rows)
 
     def base_pass(self, images: Tensor) -> Tensor:
         """The network's output without holes, ``(N, K, h, w)``."""

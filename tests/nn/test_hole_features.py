@@ -214,6 +214,32 @@ def test_gradients_equal_hole_by_hole(device: str) -> None:
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
+def test_gradients_of_the_base_maps_stay_channels_last(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = [PartialConv2d(3, 8, 3), nn.LeakyReLU(0.1), MaskedMaxPool2d(2), nn.Conv2d(8, 8, 3)]
+    layout: list[bool] = []
+    real = HoleFeatures._base_pass
+
+    def watched(self: HoleFeatures, images: Tensor) -> list[Tensor]:
+        bases = real(self, images)
+        for base in bases[1:-1]:
+            base.register_hook(
+                lambda grad: layout.append(grad.is_contiguous(memory_format=torch.channels_last))
+            )
+        return bases
+
+    monkeypatch.setattr(HoleFeatures, "_base_pass", watched)
+    shared = HoleFeatures([layer.to(device) for layer in layers])
+    origins = torch.tensor([[2, 3], [10, 8]])
+    images = torch.rand(2, 3, 24, 24, device=device)
+    for own in (origins, origins.expand(2, -1, -1)):
+        layout.clear()
+        plan = shared.plan(24, 5, own, device=device)
+        shared(images, plan).square().sum().backward()
+        assert layout == [True, True]  # torch's other ops are slow where the layouts differ
+
+
 def test_what_a_hole_hides_does_not_leak(device: str) -> None:
     layers = [layer.to(device) for layer in small_global_net()]
     images = torch.randn(1, 3, 41, 38, device=device)
