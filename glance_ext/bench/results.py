@@ -54,7 +54,7 @@ _ORDER = (
     "nvidia",
     "nvidia-compiled",
     "ours",
-    "ours-unkept",
+    "ours-anew",
     "ours-fused",
     "ours-library",
     "conv2d",

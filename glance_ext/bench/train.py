@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -16,9 +16,17 @@ from glance_ext.bench.detect import base_multiply_adds
 from glance_ext.bench.limits import Work
 from glance_ext.data.grid import patch_grid
 from glance_ext.data.patches import crop_patches
-from glance_ext.engine.joint import distorted, draw_patches, images_a_step, joint_stage
+from glance_ext.engine.distributed import World
+from glance_ext.engine.joint import joint_stage
 from glance_ext.engine.loop import step_generator
 from glance_ext.engine.settings import TrainSettings, preset
+from glance_ext.engine.step_patches import (
+    Draw,
+    KeptPatches,
+    distorted,
+    draw_patches,
+    images_a_step,
+)
 from glance_ext.errors import GlanceError
 from glance_ext.models.glance import IMAGE_SIZE, PATCH_SIZE, Glance
 from glance_ext.models.global_net import hole_masks
@@ -28,8 +36,7 @@ from glance_ext.models.local_plan import pass_multiply_adds
 from glance_ext.models.normalisation import normalise
 
 _IMAGES = 16
-# So many that keeping the features of clean patches is cheaper, and so few that it is not.
-_MANY_STEPS, _ONE_STEP = 1_000_000, 1
+_MANY_STEPS = 1_000_000  # so many that keeping the features of clean patches is cheaper
 _WATCHED = ("global_net.stem.weight", "global_net.layers.4.weight", "distortion_head.hidden.weight")
 
 
@@ -108,15 +115,18 @@ class _Step:
 
     def case(self) -> Case:
         shape = self.shape
-        steps: dict[str, Callable[[], Outputs]] = {
-            "reference": partial(self._one_pass_a_patch, self.setup.reference, plain_features),
-            "patches": partial(self._one_pass_a_patch, self.setup.low, op_features),
-            "ours-unkept": self._shared(_ONE_STEP),
+        setup, anew = self.setup, self._drawn_anew
+        exact = partial(self._specified, setup.exact, op_features)
+        of_anew = cache(partial(exact, anew))
+        of_pools = partial(exact, partial(self._drawn_from, self._kept_patches(setup.exact)))
+        variants = {
+            "reference": Variant(
+                partial(self._specified, setup.reference, plain_features, anew), of_anew
+            ),
+            "patches": Variant(partial(self._specified, setup.low, op_features, anew), of_anew),
+            "ours-anew": Variant(self._ours_anew(), of_anew),
+            "ours": Variant(self._ours(), of_pools),
         }
-        if shape.positions != "uniform":
-            steps["ours"] = self._shared(_MANY_STEPS)
-        else:
-            steps["ours"] = steps.pop("ours-unkept")  # nothing can be kept: no patch comes twice
         return Case(
             shape.name,
             {
@@ -127,52 +137,93 @@ class _Step:
                 "checked_gradients": list(_WATCHED),
             },
             self._work(),
-            {name: Variant(run, lambda: self._exact) for name, run in steps.items()},
+            variants,
             terms=shape.batch * 125**2,  # of the stem's gradient
             yardstick="reference",
             seconds=1.0,
         )
 
-    def _shared(self, steps: int) -> Callable[[], Outputs]:
-        """Our step, of a training of so many."""
+    def _ours_anew(self) -> Callable[[], Outputs]:
+        """Our step where each patch is stained anew; features of clean ones on a grid are kept."""
         setup = self.setup
         model = copy.deepcopy(setup.model)
-        stage = joint_stage(model, setup.images, replace(self.settings, steps=steps), setup.device)
+        settings = replace(self.settings, steps=_MANY_STEPS, stain_uses=1)
+        stage = joint_stage(model, setup.images, settings, setup.device)
         return lambda: _results(model, stage.step(self._generator()))
 
-    @cached_property
-    def _exact(self) -> Outputs:
-        return self._one_pass_a_patch(self.setup.exact, op_features)
+    def _ours(self) -> Callable[[], Outputs]:
+        """Our step where a patch is used ``stain_uses`` times, and so many fewer are new to it."""
+        setup = self.setup
+        model = copy.deepcopy(setup.model)
+        patches = self._kept_patches(model)
+        stage = joint_stage(model, setup.images, self.settings, setup.device, step_patches=patches)
+        (first, *_) = patches.draw(self._generator()).picks.tolist()
+
+        def step() -> Outputs:
+            patches.forget(first)  # its pool is what a step meets for the first time
+            return _results(model, stage.step(self._generator()))
+
+        return step
+
+    def _kept_patches(self, model: Glance) -> KeptPatches:
+        """Pools of as many patches an image as a step meets for the first time, on average."""
+        setup, settings = self.setup, self.settings
+        steps = len(setup.images)
+        return KeptPatches(
+            model, setup.images, replace(settings, steps=steps), setup.device, setup.dtype, World()
+        )
 
     def _generator(self) -> torch.Generator:
         return step_generator(self.setup.seed, "joint", 0)
 
-    def _one_pass_a_patch(
-        self, model: Glance, features: Callable[[Glance, Tensor, Tensor, Tensor], _Features]
-    ) -> Outputs:
-        setup, settings, count = self.setup, self.settings, self.shape.batch
-        wide = model.distortion_head.hidden.weight.dtype
+    def _drawn_anew(self) -> _Drawn:
+        """A step's draw, its patches and the same stained."""
+        setup, settings = self.setup, self.settings
         grid = None if settings.positions == "uniform" else patch_grid(settings.positions)
         generator = self._generator()
-        draw = draw_patches(count, settings.holes_per_image, len(setup.images), grid, generator)
+        draw = draw_patches(
+            settings.batch_size, settings.holes_per_image, len(setup.images), grid, generator
+        )
+        patches = crop_patches(setup.images[draw.owners], draw.flat_origins, PATCH_SIZE)
+        return draw, patches, distorted(patches, settings, generator)
+
+    def _drawn_from(self, kept: KeptPatches) -> _Drawn:
+        """The same, of pools."""
+        draw = kept.draw(self._generator())
+        assert draw.places is not None
+        pools = [kept.patches(pick) for pick in draw.picks.tolist()]
+        patches, stained = (
+            torch.cat([pool[kind][some] for pool, some in zip(pools, draw.places, strict=True)])
+            for kind in (0, 1)
+        )
+        return draw, patches[: draw.count], stained[: draw.count]
+
+    def _specified(
+        self,
+        model: Glance,
+        features: Callable[[Glance, Tensor, Tensor, Tensor], _Features],
+        drawn: Callable[[], _Drawn],
+    ) -> Outputs:
+        """A step by one masked pass a patch."""
+        setup, settings = self.setup, self.settings
+        wide = model.distortion_head.hidden.weight.dtype
+        draw, patches, stained = drawn()
         whole = setup.images[draw.owners].to(wide)
-        patches = crop_patches(whole, draw.flat_origins, PATCH_SIZE)
-        stained = distorted(patches, settings, generator)
         masks = hole_masks(draw.flat_origins, PATCH_SIZE, IMAGE_SIZE)
-        both = normalise(torch.cat((patches, stained)).to(setup.device))
+        both = normalise(torch.cat((patches, stained)).to(wide).to(setup.device))
         local, around = features(model, both, normalise(whole.to(setup.device)), masks)
         clean, other = local.to(wide).chunk(2)
         around = around.to(wide)
         iad = inconsistency(clean, around).mean()
         log_odds = model.distortion_head(torch.cat((clean, other)), around.repeat(2, 1))
         undistorted = torch.zeros_like(log_odds)
-        undistorted[:count] = 1
+        undistorted[: draw.count] = 1
         dad = distortion_loss(log_odds, undistorted)
         loss = iad + settings.lambda_t * dad
         return _results(model, {"loss": loss, "inconsistency": iad, "distortion": dad})
 
     def _work(self) -> Work:
-        """Global-Net's shared pass, three times for its gradients, and the stained patches."""
+        """Global-Net's shared pass, three times for its gradients, and a step's new patches."""
         setup, shape = self.setup, self.shape
         network = setup.model.global_net
         images = images_a_step(shape.batch, shape.holes)
@@ -180,7 +231,8 @@ class _Step:
         holes = setup.model.plan_holes(grid.origins[: shape.holes]).multiply_adds
         shared = images * (base_multiply_adds(network) + holes)
         stem = images * 125**2 * network.stem.weight.numel()  # whose input needs no gradient
-        local = shape.batch * pass_multiply_adds(setup.model.local_net.layers, *[PATCH_SIZE] * 2)
+        new = 2 * shape.batch / self.settings.stain_uses  # clean and stained
+        local = new * pass_multiply_adds(setup.model.local_net.layers, *[PATCH_SIZE] * 2)
         pixels = images * 3 * IMAGE_SIZE[0] * IMAGE_SIZE[1]
         weights = sum(p.numel() for p in network.parameters())
         size = torch.finfo(setup.dtype).bits // 8
@@ -188,6 +240,7 @@ class _Step:
 
 
 _Features = tuple[Tensor, Tensor]
+_Drawn = tuple[Draw, Tensor, Tensor]
 
 
 def plain_features(model: Glance, patches: Tensor, images: Tensor, masks: Tensor) -> _Features:

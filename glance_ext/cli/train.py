@@ -42,6 +42,12 @@ def training_options(command: Any) -> Any:
             "is cheaper.",
         ),
         click.option(
+            "--stain-uses",
+            type=click.IntRange(1),
+            help="In how many steps a patch and its stain are used, on average; their Local-Net "
+            "features are computed once. The paper's is 1: each step draws new ones.",
+        ),
+        click.option(
             "--precision",
             type=click.Choice(["float32", "bfloat16"]),
             help="What both networks compute in during joint training; weights, losses and the "

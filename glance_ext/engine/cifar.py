@@ -27,6 +27,7 @@ SCHEDULE = {
     "steps": 200,
     "batch_size": 16,
     "holes_per_image": 4,
+    "stain_uses": 1,
     "distortion": "turn",
     "head_steps": 500,
     "held_out_most": 500,

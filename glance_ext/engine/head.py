@@ -11,9 +11,9 @@ from torch import Tensor
 
 from glance_ext.data.grid import patch_grid
 from glance_ext.data.patches import Enlarged, crop_from
-from glance_ext.engine.joint import distorted
 from glance_ext.engine.loop import Stage, step_generator
 from glance_ext.engine.settings import TrainSettings
+from glance_ext.engine.step_patches import distorted
 from glance_ext.models.glance import PATCH_SIZE, Glance
 from glance_ext.models.heads import distortion_loss
 from glance_ext.models.normalisation import normalise

@@ -34,6 +34,10 @@ class TrainSettings:
         positions: Where the patches of stage 3 may lie: ``"uniform"`` for anywhere, as in the
             paper; or a stride for those of that grid, whose Local-Net features are then computed
             densely, once an image, if that is less work than one pass a patch.
+        stain_uses: How often a patch of stage 3 is used, on average. From 2 on, steps draw from a
+            pool of patches, each stained once, whose Local-Net features are computed once; so there
+            are as many times fewer patches as they are used. 1 draws and stains each step's patches
+            anew, as the paper does.
         global_learning_rate: Of Global-Net.
         head_learning_rate: Of the distortion head.
         stains: What the distortion head learns to tell from untouched patches: ``"small"`` random
@@ -80,6 +84,7 @@ class TrainSettings:
     batch_size: int = 32
     holes_per_image: int = 8
     positions: str = "4"
+    stain_uses: int = 4
     global_learning_rate: float = 1e-3
     head_learning_rate: float = 1e-3
     stains: str = "wide"
@@ -122,6 +127,8 @@ class TrainSettings:
             )
         if self.holes_per_image < 1:
             raise GlanceError(f"holes per image: expected at least 1, got {self.holes_per_image}")
+        if self.stain_uses < 1:
+            raise GlanceError(f"stain uses: expected at least 1, got {self.stain_uses}")
         if self.patch_scale not in PATCH_SCALES:
             raise GlanceError(f"patch scale: expected 1 to 7, got {self.patch_scale}")
         if self.distortion not in DISTORTIONS:
@@ -187,6 +194,7 @@ PRESETS: dict[str, TrainSettings] = {
         batch_size=64,
         holes_per_image=1,
         positions="uniform",
+        stain_uses=1,
         global_learning_rate=1e-4,
         head_learning_rate=1e-5,
         stains="small",

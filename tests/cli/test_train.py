@@ -54,6 +54,7 @@ def test_the_same_seed_gives_the_same_file(
     ("option", "value", "setting"),
     [
         ("--holes-per-image", "1", 1),
+        ("--stain-uses", "1", 1),
         ("--positions", "33", "33"),
         ("--precision", "bfloat16", "bfloat16"),
     ],

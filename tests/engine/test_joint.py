@@ -1,4 +1,4 @@
-"""Stage 3: what a step draws, and that sharing changes none of its losses and gradients."""
+"""Stage 3: sharing and keeping change none of a step's losses and gradients."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +14,12 @@ from glance_ext.data.images import load_image, resize
 from glance_ext.data.patches import crop_patches
 from glance_ext.data.stains import STAINS, stain
 from glance_ext.engine import joint as module
+from glance_ext.engine import step_patches
 from glance_ext.engine.distill import load_local_net
 from glance_ext.engine.distributed import World
-from glance_ext.engine.joint import draw_patches, joint_stage
+from glance_ext.engine.joint import joint_stage
 from glance_ext.engine.settings import TrainSettings
+from glance_ext.engine.step_patches import Draw, KeptPatches, draw_patches
 from glance_ext.errors import GlanceError
 from glance_ext.models.glance import Glance
 from glance_ext.models.global_net import hole_masks
@@ -25,7 +27,9 @@ from glance_ext.models.heads import distortion_loss, inconsistency
 from glance_ext.models.normalisation import normalise
 
 CPU = torch.device("cpu")
-SETTINGS = TrainSettings(steps=5, batch_size=6, holes_per_image=3, positions="uniform")
+SETTINGS = TrainSettings(
+    steps=5, batch_size=6, holes_per_image=3, positions="uniform", stain_uses=1
+)
 
 
 @pytest.fixture
@@ -49,71 +53,32 @@ def gradients(model: Glance, losses: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-# ---------------------------------------------------------------- what is drawn
-
-
-@pytest.mark.parametrize(
-    ("count", "holes", "shape"),
-    [(32, 8, (4, 8)), (6, 1, (6, 1)), (3, 8, (1, 3)), (20, 8, (3, 7)), (5, 2, (3, 2))],
-)
-def test_as_few_images_as_the_holes_allow_with_as_many_patches_each(
-    count: int, holes: int, shape: tuple[int, int]
-) -> None:
-    draw = draw_patches(count, holes, 7, None, random())
-    assert draw.picks.shape == shape[:1]
-    assert draw.origins.shape == (*shape, 2)
-    assert draw.owners.shape == (count,)
-    assert draw.flat_origins.shape == (count, 2)
-    for patch, (owner, origin) in enumerate(zip(draw.owners, draw.flat_origins, strict=True)):
-        assert owner == draw.picks[patch // shape[1]]
-        assert torch.equal(origin, draw.origins[patch // shape[1], patch % shape[1]])
-
-
-def test_uniform_positions_lie_anywhere() -> None:
-    draw = draw_patches(4000, 8, 3, None, random())
-    assert draw.places is None
-    assert draw.picks.unique().tolist() == [0, 1, 2]
-    assert draw.origins.amin() == 0
-    assert draw.origins.amax() == 223
-    assert draw.origins.flatten(0, 1).unique(dim=0).shape[0] > 3500
-    assert torch.equal(draw.origins, draw_patches(4000, 8, 3, None, random()).origins)
-
-
-def test_positions_of_a_grid_are_its_patches_each_as_likely() -> None:
-    grid = patch_grid("33")  # rows and columns 0, 33, ..., 198 and, flush with the border, 223
-    draw = draw_patches(64_000, 8, 3, grid, random())
+def drawn(
+    model: Glance, images: Tensor, settings: TrainSettings, dtype: torch.dtype
+) -> tuple[Draw, Tensor, Tensor]:
+    """A step's draw, its patches, and the same stained."""
+    if settings.stain_uses == 1:
+        grid = None if settings.positions == "uniform" else patch_grid(settings.positions)
+        count, holes = settings.batch_size, settings.holes_per_image
+        generator = random()
+        draw = draw_patches(count, holes, len(images), grid, generator)
+        patches = crop_patches(images[draw.owners].to(dtype), draw.flat_origins, 33)
+        return draw, patches, stain(patches, generator, STAINS[settings.stains])
+    kept = KeptPatches(model, images, settings, CPU, dtype, World())
+    draw = kept.draw(random())
+    patches = crop_patches(images[draw.owners].to(dtype), draw.flat_origins, 33)
     assert draw.places is not None
-    assert torch.equal(grid.origins[draw.places], draw.origins)
-    times = torch.bincount(draw.places.flatten(), minlength=len(grid))
-    assert times.min() > 800
-    assert times.max() < 1200
-
-
-@pytest.mark.parametrize(("count", "holes", "size"), [(32, 8, 2), (20, 8, 3), (5, 2, 3), (7, 7, 1)])
-def test_the_processes_shares_are_the_whole(count: int, holes: int, size: int) -> None:
-    draw = draw_patches(count, holes, 9, patch_grid("4"), random())
-    shares = [draw.share(rank, size) for rank in range(size)]
-    assert torch.equal(torch.cat([part.picks for part, _ in shares]), draw.picks)
-    assert torch.equal(torch.cat([part.owners for part, _ in shares]), draw.owners)
-    assert torch.equal(torch.cat([part.flat_origins for part, _ in shares]), draw.flat_origins)
-    assert [i for _, at in shares for i in range(at.start, at.stop)] == list(range(count))
-    for part, at in shares:
-        assert part.count == at.stop - at.start > 0
-
-
-# ---------------------------------------------------------------- what is learnt from it
+    pools = [kept.patches(pick)[1] for pick in draw.picks.tolist()]
+    rows = [pool[some] for pool, some in zip(pools, draw.places, strict=True)]
+    return draw, patches, torch.cat(rows)[: draw.count]
 
 
 def one_pass_a_patch(
     model: Glance, images: Tensor, settings: TrainSettings, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The specification of a step: each patch has its own masked image."""
-    grid = None if settings.positions == "uniform" else patch_grid(settings.positions)
-    generator = random()
-    draw = draw_patches(settings.batch_size, settings.holes_per_image, len(images), grid, generator)
+    draw, patches, stained = drawn(model, images, settings, dtype)
     whole = images[draw.owners].to(dtype)
-    patches = crop_patches(whole, draw.flat_origins, 33)
-    stained = stain(patches, generator, STAINS[settings.stains])
     with torch.no_grad():
         clean_features = model.local_net(normalise(patches))
         stained_features = model.local_net(normalise(stained))
@@ -136,6 +101,9 @@ def one_pass_a_patch(
         {"holes_per_image": 4, "batch_size": 7},  # two images, and one patch fewer in the last
         {"holes_per_image": 8, "positions": "33"},
         {"holes_per_image": 3, "positions": "33", "steps": 10_000},  # so many that it is kept
+        {"holes_per_image": 4, "stain_uses": 2, "batch_size": 7},
+        {"holes_per_image": 1, "stain_uses": 3},
+        {"holes_per_image": 8, "stain_uses": 2, "positions": "33", "steps": 300},  # kept densely
     ],
     ids=str,
 )
@@ -159,11 +127,14 @@ def test_a_step_equals_one_masked_pass_a_patch(
         assert error <= tolerance, name
 
 
-@pytest.mark.parametrize("positions", ["uniform", "33"])
+@pytest.mark.parametrize(
+    ("positions", "uses", "steps"),
+    [("uniform", 1, 10_000), ("33", 1, 10_000), ("uniform", 2, 20), ("33", 2, 500)],
+)
 def test_bfloat16_rounds_the_networks_and_nothing_else(
-    model: Glance, images: Tensor, positions: str
+    model: Glance, images: Tensor, positions: str, uses: int, steps: int
 ) -> None:
-    settings = replace(SETTINGS, lambda_t=0.5, positions=positions, steps=10_000)
+    settings = replace(SETTINGS, lambda_t=0.5, positions=positions, steps=steps, stain_uses=uses)
     wanted_losses = joint_stage(model, images, settings, CPU).step(random())
     wanted = gradients(model, wanted_losses)
     stage = joint_stage(model, images, replace(settings, precision="bfloat16"), CPU)
@@ -186,7 +157,9 @@ def test_the_distortion_may_be_a_turn(
     model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr(module, "turn", lambda patches, random: seen.append(patches) or patches)
+    monkeypatch.setattr(
+        step_patches, "turn", lambda patches, random: seen.append(patches) or patches
+    )
     heads: list[Any] = []
     model.distortion_head.register_forward_hook(lambda _, args, __: heads.append(args[0]))
     joint_stage(model, images, replace(SETTINGS, distortion="turn"), CPU).step(random())
@@ -204,7 +177,7 @@ def test_the_inconsistency_loss_never_sees_a_stain(
 ) -> None:
     seen: dict[str, list[Any]] = {}
 
-    def spy(name: str) -> None:
+    def spy(name: str, module: Any) -> None:
         real = getattr(module, name)
 
         def wrapped(*args: Any) -> Any:
@@ -214,8 +187,10 @@ def test_the_inconsistency_loss_never_sees_a_stain(
 
         monkeypatch.setattr(module, name, wrapped)
 
-    for name in ("inconsistency", "crop_from", "stain", "distortion_loss"):
-        spy(name)
+    for name in ("inconsistency", "distortion_loss"):
+        spy(name, module)
+    for name in ("crop_from", "stain"):
+        spy(name, step_patches)
     heads: list[Any] = []
     model.distortion_head.register_forward_hook(lambda _, args, __: heads.append(args))
     losses = joint_stage(model, images, SETTINGS, CPU).step(random())
@@ -242,11 +217,14 @@ def test_the_inconsistency_loss_never_sees_a_stain(
     torch.testing.assert_close(losses["loss"], expected)
 
 
+@pytest.mark.parametrize("uses", [1, 2])
 @pytest.mark.parametrize("positions", ["uniform", "33"])
 def test_the_processes_losses_and_gradients_add_up_to_those_of_one(
-    model: Glance, images: Tensor, positions: str
+    model: Glance, images: Tensor, positions: str, uses: int
 ) -> None:
-    settings = replace(SETTINGS, batch_size=8, lambda_t=0.5, positions=positions)  # 3 + 3 + 2
+    settings = replace(
+        SETTINGS, batch_size=8, lambda_t=0.5, positions=positions, stain_uses=uses
+    )  # 3 + 3 + 2 patches
     losses = joint_stage(model, images, settings, CPU).step(random())
     whole = gradients(model, losses)
     parts = []
@@ -276,65 +254,3 @@ def test_training_lowers_the_losses_on_a_simple_texture(model: Glance, images: T
         stage.optimizer.step()
         losses.append(found["inconsistency"].item())
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
-
-
-# ---------------------------------------------------------------- what is kept
-
-
-class CountPasses:
-    """How many patches and dense grids go through a Local-Net."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.patches, self.dense = 0, 0
-        forward, dense = module.LocalNet.forward, module.LocalNet.dense
-
-        def count_forward(net: Any, patches: Tensor) -> Tensor:
-            self.patches += len(patches)
-            return forward(net, patches)
-
-        def count_dense(net: Any, images: Tensor, plan: Any) -> Tensor:
-            self.dense += len(images)
-            return dense(net, images, plan)
-
-        monkeypatch.setattr(module.LocalNet, "forward", count_forward)
-        monkeypatch.setattr(module.LocalNet, "dense", count_dense)
-
-
-def take_steps(model: Glance, images: Tensor, settings: TrainSettings, steps: int) -> None:
-    stage = joint_stage(model, images, settings, CPU)
-    for step in range(steps):
-        stage.step(random(step))
-
-
-def test_clean_features_are_computed_once_an_image_where_that_is_less_work(
-    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    count = CountPasses(monkeypatch)
-    # 6 images; the stride-33 grid has 64 patches, which share nothing but half of the last row
-    many = replace(SETTINGS, positions="33", steps=6 * 64 // 6 + 1)
-    take_steps(model, images, many, 20)
-    assert count.dense == 6
-    assert count.patches == 20 * 6  # the stained ones
-
-
-@pytest.mark.parametrize("changes", [{"positions": "33", "steps": 20}, {"steps": 10**6}], ids=str)
-def test_clean_patches_go_through_local_net_where_that_is_less_work(
-    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
-) -> None:
-    count = CountPasses(monkeypatch)
-    take_steps(model, images, replace(SETTINGS, **changes), 2)
-    assert count.dense == 0
-    assert count.patches == 2 * 2 * 6
-
-
-def test_no_more_is_kept_than_memory_allows(
-    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = replace(SETTINGS, positions="33", steps=10**6)
-    count = CountPasses(monkeypatch)
-    size = len(images) * 64 * model.local_net.features * 4
-    for limit, dense in ((size, 2), (size - 1, 0)):
-        monkeypatch.setattr(module, "_KEPT_BYTES", limit)
-        count.dense = 0
-        joint_stage(model, images, settings, CPU).step(random())
-        assert count.dense == dense

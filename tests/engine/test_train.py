@@ -105,7 +105,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
     call: int,
 ) -> None:
-    interrupt_at(joint_module, "stain", call)
+    interrupt_at(joint_module, "distortion_loss", call)
     with pytest.raises(Interrupted, match=f"step {call} of 5 of stage 'joint'.*{STATE_FILE}"):
         fit(pictures, tmp_path, local_net_file)
     assert {p.name for p in tmp_path.iterdir()} == {STATE_FILE}
@@ -121,7 +121,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     [
         (distill_module, "distillation_losses", 2),
         (distill_module, "distillation_losses", 5),
-        (joint_module, "stain", 1),
+        (joint_module, "distortion_loss", 1),
     ],
 )
 def test_a_run_with_fine_tuning_resumes_in_either_stage(
@@ -169,7 +169,7 @@ def test_resuming_with_anything_else_is_refused_by_name(
 ) -> None:
     paths = [Path(shutil.copy(path, tmp_path)) for path in pictures]
     output = tmp_path / "out"
-    interrupt_at(joint_module, "stain", 2)
+    interrupt_at(joint_module, "distortion_loss", 2)
     with pytest.raises(Interrupted):
         fit(paths, output, local_net_file)
     state = (output / STATE_FILE).read_bytes()

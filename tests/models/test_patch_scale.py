@@ -62,23 +62,31 @@ def test_both_networks_look_at_the_same_place(scale: int) -> None:
     assert not torch.equal(local[0], local[1])
 
 
-def test_training_cuts_its_patches_from_the_shrunk_image(monkeypatch: pytest.MonkeyPatch) -> None:
-    from glance_ext.engine import joint
+@pytest.mark.parametrize("uses", [1, 2])
+def test_training_cuts_its_patches_from_the_shrunk_image(
+    monkeypatch: pytest.MonkeyPatch, uses: int
+) -> None:
+    from glance_ext.engine import step_patches
 
     seen = []
-    crop = joint.crop_from
-    monkeypatch.setattr(joint, "crop_from", lambda *args: seen.append(args) or crop(*args))
+    crop = step_patches.crop_from
+    monkeypatch.setattr(step_patches, "crop_from", lambda *args: seen.append(args) or crop(*args))
     small = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
     images = Enlarged(small, (256, 256))
     for positions in ("uniform", "8"):
         settings = TrainSettings(
-            steps=3, batch_size=6, holes_per_image=3, positions=positions, patch_scale=4
+            steps=3,
+            batch_size=6,
+            holes_per_image=3,
+            positions=positions,
+            patch_scale=4,
+            stain_uses=uses,
         )
         stage = joint_stage(model(4), images, settings, torch.device("cpu"))
         losses = stage.step(torch.Generator().manual_seed(0))
         assert torch.isfinite(losses["loss"])
         view, _, origins, _ = seen.pop()
-        assert view.shape == (2, 3, 64, 64)
+        assert view.shape == (2 if uses == 1 else 1, 3, 64, 64)
         assert origins.max() <= 64 - PATCH_SIZE
 
 
