@@ -207,7 +207,7 @@ def examine() -> Report:
         versions = _versions(packages)
         assets = [
             *_attempt(_teachers, lambda error: [Asset("teacher", False, error)]),
-            _attempt(_local_net, lambda error: Asset("pretrained Local-Net", False, error)),
+            *_attempt(_local_nets, lambda error: [Asset("pretrained Local-Nets", False, error)]),
         ]
     problems = _problems(library, devices, ops, packages)
     return Report(versions, library, devices, device_note, ops, packages, assets, problems)
@@ -556,16 +556,22 @@ def _teachers() -> list[Asset]:
     ]
 
 
-def _local_net() -> Asset:
+def _local_nets() -> list[Asset]:
     from safetensors import safe_open
 
     from glance_ext.engine.distill import packaged_local_net
+    from glance_ext.engine.settings import LOCAL_NETS
 
-    name, path = "pretrained Local-Net", packaged_local_net()
-    if not path.is_file():
-        return Asset(name, False, "not in the package; reinstall it, or run: glance-ext distill")
-    with safe_open(str(path), framework="pt") as file:
-        return Asset(name, True, f"{path} ({len(file.keys())} tensors)")
+    assets = []
+    for which in LOCAL_NETS:
+        name, path = f"pretrained Local-Net {which}", packaged_local_net(which)
+        if path.is_file():
+            with safe_open(str(path), framework="pt") as file:
+                assets.append(Asset(name, True, f"{path} ({len(file.keys())} tensors)"))
+        else:
+            hint = "not in the package; reinstall it, or run: glance-ext distill"
+            assets.append(Asset(name, False, hint))
+    return assets
 
 
 def _problems(

@@ -62,7 +62,7 @@ def test_wheel_works_from_another_folder(tmp_path: Path) -> None:
         for path in source.glob(pattern)
     ]
     assert set(data) - held == set()
-    assert {"glance_ext/weights/local_net.safetensors", "glance_ext/py.typed"} <= held
+    assert {"glance_ext/weights/local_net_fine.safetensors", "glance_ext/py.typed"} <= held
     assert not [name for name in held if not name.startswith(("glance_ext/", "glance_ext-"))]
 
     pip("install", "--no-deps", "--no-index", "--target", str(target), str(wheel), cwd=tmp_path)

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     "--teacher-layer",
     default="pooled",
     show_default=True,
-    help="'pooled' for the last feature, or the name of one of the teacher's modules.",
+    help="'pooled' for the last feature, or the name of one of the teacher's modules, or of "
+    "several joined by '+'.",
 )
 @click.option("--teacher-weights", type=PATH, help="The teacher's weights, a file.")
 @click.option(
@@ -42,10 +43,24 @@ if TYPE_CHECKING:
     show_default=True,
     help="Patches are resized to this many pixels for the teacher; the paper's is 224.",
 )
+@click.option(
+    "--teacher-context",
+    is_flag=True,
+    help="Show the teacher crops of --teacher-input-size pixels as they are (65, 69, ..., 129, "
+    "...), and learn what its layers say at every patch in them; a step is then --batch-size "
+    "crops. The paper's teacher sees a patch alone.",
+)
 @click.option("--steps", type=click.IntRange(1), default=50_000, show_default=True)
 @click.option("--batch-size", type=click.IntRange(2), default=64, show_default=True)
 @click.option(
     "--learning-rate", type=click.FloatRange(0, min_open=True), default=2e-4, show_default=True
+)
+@click.option(
+    "--decay",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    show_default=True,
+    help="Share of the steps, the last ones, in which the learning rate falls to 0.",
 )
 @click.option(
     "--kernel-size",
@@ -66,9 +81,11 @@ def command(
     teacher_layer: str,
     teacher_weights: Path | None,
     teacher_input_size: int,
+    teacher_context: bool,
     steps: int,
     batch_size: int,
     learning_rate: float,
+    decay: float,
     kernel_size: str,
     bfloat16: bool,
     resume: bool,
@@ -93,12 +110,17 @@ def command(
         steps=steps,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        decay=decay,
         kernel_size=int(kernel_size),
         bfloat16=bfloat16,
         seed=seed,
     )
     network = load_teacher(
-        teacher, layer=teacher_layer, weights=teacher_weights, input_size=teacher_input_size
+        teacher,
+        layer=teacher_layer,
+        weights=teacher_weights,
+        input_size=teacher_input_size,
+        context=teacher_context,
     )
     with Failures() as failures:
         result = distill(

@@ -20,7 +20,7 @@ from glance_ext.cli.common import (
     say_error,
     seed_option,
 )
-from glance_ext.cli.train import training_options
+from glance_ext.cli.train import training_options, which_local_net
 from glance_ext.errors import GlanceError, NoUsableInputError
 
 if TYPE_CHECKING:
@@ -163,11 +163,9 @@ def _plan(dataset: str, protocol: dict[str, Any], options: dict[str, Any]) -> Pl
 
     output: Path = options.pop("output") or Path("runs") / dataset
     device: torch.device = options.pop("device")
-    local_net: Path | None = options.pop("local_net")
-    if local_net is not None and not local_net.is_file():
-        raise click.UsageError(f"--local-net: expected a file, got {local_net}")
+    packaged, local_net = which_local_net(options.pop("local_net"))
     teacher_weights = options.pop("teacher_weights")
-    settings = settings_of(options.pop("preset"), **options)
+    settings = settings_of(options.pop("preset"), local_net=packaged, **options)
     ensure_folder(output)
     return Plan(
         dataset,

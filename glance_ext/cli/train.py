@@ -60,8 +60,8 @@ def training_options(command: Any) -> Any:
         ),
         click.option(
             "--local-net",
-            type=PATH,
-            help="A Local-Net from glance-ext distill; else the packaged one.",
+            help="A Local-Net from glance-ext distill, or one of the package's: 'fine', which has "
+            "learnt a teacher's first layers, or 'deep', a later one of the patch alone.",
         ),
         click.option(
             "--teacher-weights", type=PATH, help="The teacher's weights, for fine-tuning."
@@ -103,6 +103,12 @@ def training_options(command: Any) -> Any:
         ),
         click.option(
             "--memory-share", type=click.FloatRange(0, 1), help="That share, with a memory."
+        ),
+        click.option(
+            "--memory-of",
+            type=click.Choice(["teacher", "local"]),
+            help="Keep and compare the teacher's features, as Local-Net's decoder tells them, or "
+            "Local-Net's own.",
         ),
         click.option(
             "--distortion",
@@ -148,6 +154,19 @@ def training_options(command: Any) -> Any:
     return command
 
 
+def which_local_net(value: str | None) -> tuple[str | None, Path | None]:
+    """What ``--local-net`` names: one of the package's, or a file."""
+    from glance_ext.engine.settings import LOCAL_NETS
+
+    if value is None or value in LOCAL_NETS:
+        return value, None
+    if not Path(value).is_file():
+        raise click.UsageError(
+            f"--local-net: expected {', '.join(LOCAL_NETS)} or a file, got {value}"
+        )
+    return None, Path(value)
+
+
 @click.command("train")
 @click.argument("dataset", required=False, type=PATH)
 @click.option("--normal", type=PATH, help="A folder of images without defects, instead of DATASET.")
@@ -170,7 +189,7 @@ def command(
     normal: Path | None,
     output: Path,
     preset: str,
-    local_net: Path | None,
+    local_net: str | None,
     teacher_weights: Path | None,
     resume: bool,
     seed: int,
@@ -197,16 +216,15 @@ def command(
 
     if (dataset is None) == (normal is None):
         raise click.UsageError("expected exactly one of DATASET and --normal DIR")
-    if local_net is not None and not local_net.is_file():
-        raise click.UsageError(f"--local-net: expected a file, got {local_net}")
-    settings = settings_of(preset, seed=seed, **changes)
+    packaged, file = which_local_net(local_net)
+    settings = settings_of(preset, seed=seed, local_net=packaged, **changes)
     paths = normal_images(dataset, normal)
     with Failures() as failures, joined(device) as (world, place):
         result = train(
             paths,
             settings,
             output=output,
-            local_net=local_net,
+            local_net=file,
             teacher_weights=teacher_weights,
             device=place,
             resume=resume,

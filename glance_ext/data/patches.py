@@ -174,3 +174,27 @@ def sample_scaled_patches(
             )
         patches.append(crop.flip(-1) if u_flip < 0.5 else crop)
     return torch.cat(patches).clamp_(0, 1)
+
+
+def varied(crops: Tensor, generator: torch.Generator) -> Tensor:
+    """Crops turned by quarters; half of them in other light, a third of them with grain.
+
+    What a network learns on them holds for parts that lie otherwise, and for poor light.
+
+    Args:
+        crops: ``(B, 3, S, S)`` in [0, 1].
+        generator: A CPU generator.
+
+    Returns:
+        The same shape, in [0, 1].
+    """
+    count, side = len(crops), crops.shape[-1]
+    quarters = torch.randint(4, (count,), generator=generator).tolist()
+    turned = [crop.rot90(k, (-2, -1)) for crop, k in zip(crops, quarters, strict=True)]
+    lit, gain, shift, grainy, strength = torch.rand(5, count, 1, 1, 1, generator=generator)
+    grain = torch.randn(count, 1, side, side, generator=generator)
+    lit = lit < 0.5
+    result = torch.stack(turned)
+    result = result * torch.where(lit, 0.3 + gain, 1) + torch.where(lit, 0.2 * shift - 0.1, 0)
+    result = result + torch.where(grainy < 0.3, 0.05 * strength, 0) * grain
+    return result.clamp_(0, 1)

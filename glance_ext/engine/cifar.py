@@ -24,6 +24,7 @@ not belong is the whole image, not a spot: its score is the mean of its map, whe
 is that of all its patches together."""
 
 SCHEDULE = {
+    "local_net": "deep",
     "steps": 200,
     "batch_size": 16,
     "holes_per_image": 4,

@@ -140,8 +140,9 @@ class Detector:
             if whiten_over not in WHITEN_OVER:
                 raise ValueError(f"whiten_over {whiten_over}")
             memory_size = int(metadata.get("memory_size", 0))
-            if memory_size < 0:
-                raise ValueError(f"memory_size {memory_size}")
+            memory_features = int(metadata.get("memory_features", 0))
+            if min(memory_size, memory_features) < 0:
+                raise ValueError(f"memory_size {memory_size}, memory_features {memory_features}")
             calibration = Calibration.from_json(metadata["calibration"])
             settings = dict(metadata["settings"])
         except (KeyError, TypeError, ValueError) as error:
@@ -152,20 +153,22 @@ class Detector:
             whiten=whiten,
             whiten_over=whiten_over,
             memory_size=memory_size,
+            memory_features=memory_features,
         )
         load_module(model, tensors, "model", file)
         return cls(model, calibration, settings, **options)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes model, calibration and settings to one file."""
-        scale = self.model.residual_scale
+        scale, memory = self.model.residual_scale, self.model.memory
         metadata = {
             "kernel_size": self.model.local_net.kernel_size,
             "features": self.model.local_net.features,
             "patch_scale": self.model.patch_scale,
             "whiten": scale is not None,
             "whiten_over": "patch" if scale is None else scale.over,
-            "memory_size": 0 if self.model.memory is None else len(self.model.memory),
+            "memory_size": 0 if memory is None else len(memory),
+            "memory_features": 0 if memory is None else memory.taught,
             "calibration": self.calibration.to_json(),
             "settings": self.settings,
         }

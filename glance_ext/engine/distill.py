@@ -20,9 +20,11 @@ from glance_ext.data.patches import (
     load_mixed_images,
     sample_positions,
     sample_scaled_patches,
+    varied,
 )
 from glance_ext.engine.checkpoint import load_checkpoint, load_module, prefixed, save_checkpoint
 from glance_ext.engine.loop import History, Stage, Trainer, step_generator
+from glance_ext.engine.settings import LOCAL_NETS
 from glance_ext.errors import CheckpointError, GlanceError, InputError, NoUsableInputError
 from glance_ext.files import ensure_folder
 from glance_ext.models.local_net import Decoder, LocalNet, compactness_loss, knowledge_loss
@@ -31,8 +33,9 @@ from glance_ext.models.teacher import Teacher, load_teacher
 
 LOCAL_NET_KIND = "local_net"
 PATCH_SIZE = 33
+_CROP_SIDES = (64, 400)  # pixels that a crop for a teacher in context shows
 _STATISTICS_BATCHES = 32
-_STATISTICS_BATCH = 64
+_STATISTICS_BATCH, _STATISTICS_CROPS = 64, 4  # patches; crops with hundreds of patches each
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,8 @@ class DistillSettings:
     Attributes:
         steps: Steps of Adam.
         batch_size: Patches a step.
-        learning_rate: Of Adam, constant.
+        learning_rate: Of Adam.
+        decay: Share of the steps, the last ones, in which it falls to 0; the paper's is 0.
         lambda_k: Weight of the knowledge loss.
         lambda_c: Weight of the compactness loss.
         kernel_size: Local-Net's first convolution.
@@ -54,6 +58,7 @@ class DistillSettings:
     steps: int = 50_000
     batch_size: int = 64
     learning_rate: float = 2e-4
+    decay: float = 0.0
     lambda_k: float = 1.0
     lambda_c: float = 1.0
     kernel_size: int = 5
@@ -74,6 +79,13 @@ class DistillSettings:
             )
         if not 0 < self.learning_rate < math.inf:
             raise GlanceError(f"learning rate: expected a number above 0, got {self.learning_rate}")
+        if not 0 <= self.decay <= 1:
+            raise GlanceError(f"decay: expected a share between 0 and 1, got {self.decay}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, from 0 on."""
+        left = (self.steps - step) / self.steps
+        return self.learning_rate * (min(1.0, left / self.decay) if self.decay else 1.0)
 
 
 @dataclass
@@ -101,6 +113,7 @@ class DistilledNet:
             layer=self.teacher["layer"],
             weights=weights,
             input_size=int(self.teacher["input_size"]),
+            context=bool(self.teacher.get("context", False)),
         )
 
 
@@ -150,9 +163,9 @@ def load_local_net(path: str | os.PathLike[str]) -> DistilledNet:
     return DistilledNet(local_net.eval(), decoder.eval(), teacher, mean, std)
 
 
-def packaged_local_net() -> Path:
-    """The pretrained Local-Net in the package; docs/method.md says how it was made."""
-    return Path(__file__).resolve().parent.parent / "weights" / "local_net.safetensors"
+def packaged_local_net(name: str = LOCAL_NETS[0]) -> Path:
+    """A pretrained Local-Net in the package; docs/method.md says how each was made."""
+    return Path(__file__).resolve().parent.parent / "weights" / f"local_net_{name}.safetensors"
 
 
 def distill(
@@ -201,17 +214,33 @@ def distill(
         )
 
     def sample(count: int, generator: torch.Generator) -> Tensor:
-        return sample_scaled_patches(images, count, PATCH_SIZE, generator).to(device)
+        if not teacher.context:
+            return sample_scaled_patches(images, count, PATCH_SIZE, generator).to(device)
+        smallest, largest = _CROP_SIDES
+        crops = sample_scaled_patches(
+            images,
+            count,
+            teacher.input_size,
+            generator,
+            smallest_side=smallest,
+            largest_side=largest,
+        )
+        return varied(crops, generator).to(device)
 
     torch.manual_seed(settings.seed)
     teacher = teacher.to(device)
     local_net = LocalNet(settings.kernel_size, settings.features).to(device)
-    mean, std = _teacher_statistics(teacher, sample, settings.seed)
+
+    def some(generator: torch.Generator) -> Tensor:
+        return sample(_STATISTICS_CROPS if teacher.context else _STATISTICS_BATCH, generator)
+
+    mean, std = _teacher_statistics(teacher, some, settings.seed)
     decoder = Decoder(settings.features, mean.numel()).to(device)
     description = {
         "name": teacher.name,
         "layer": teacher.layer,
         "input_size": teacher.input_size,
+        "context": teacher.context,
         "images": len(images),
         **asdict(settings),
     }
@@ -224,7 +253,7 @@ def distill(
         patches = sample(settings.batch_size, generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bfloat16):
             taught = teacher(patches)
-            features = local_net(normalise(patches))
+            features = describe(local_net, patches)
             decoded = decoder(features)
         taught = (taught.float() - mean) / std
         return distillation_losses(features.float(), decoded.float(), taught, settings)
@@ -238,13 +267,33 @@ def distill(
     if resume:
         trainer.resume()
     modules = {"local_net": local_net, "decoder": decoder}
-    stage = Stage("distill", settings.steps, step, optimizer, modules)
+    stage = Stage(
+        "distill",
+        settings.steps,
+        step,
+        optimizer,
+        modules,
+        learning_rate=settings.learning_rate_at,
+    )
     trainer.run(stage)
     trainer.restore_modules(modules)
-    standardise_local_net(net, sample, settings.seed)
+    standardise_local_net(net, some, settings.seed)
     save_local_net(output, net)
     state.unlink(missing_ok=True)
     return DistillResult(net, trainer.history)
+
+
+def describe(local_net: LocalNet, images: Tensor) -> Tensor:
+    """Features ``(M, n)`` of patches, or of all patches at stride 4 in larger crops.
+
+    Args:
+        local_net: Any.
+        images: ``(B, 3, S, S)``, RGB in [0, 1].
+    """
+    if images.shape[-1] == PATCH_SIZE:
+        return local_net(normalise(images))
+    x = normalise(images).contiguous(memory_format=torch.channels_last)
+    return local_net.layers(x).permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def distillation_losses(
@@ -277,24 +326,33 @@ def fine_tune_stage(
         settings: Steps, batch size, learning rate and weights.
         device: Where to train.
         shrink: By how much images are shrunk before patches are cut.
+
+    Raises:
+        GlanceError: The teacher sees crops that are larger than the images.
     """
     local_net, decoder = net.local_net, net.decoder.requires_grad_(False)
     mean, std = net.teacher_mean.to(device), net.teacher_std.to(device)
     teacher = teacher.to(device)
+    side = teacher.input_size if teacher.context else PATCH_SIZE
+    size = (images.shape[-2] // shrink, images.shape[-1] // shrink)
+    if side > min(size):
+        raise GlanceError(
+            f"fine-tuning: expected images of at least {side} pixels a side, which the teacher of "
+            f"this Local-Net sees at a time, got {size[0]}x{size[1]}"
+        )
 
     def sample(count: int, generator: torch.Generator) -> Tensor:
         picks = torch.randint(len(images), (count,), generator=generator)
-        size = (images.shape[-2] // shrink, images.shape[-1] // shrink)
-        origins = sample_positions(count, size, PATCH_SIZE, generator)
+        origins = sample_positions(count, size, side, generator)
         drawn = images[picks].float()
         if shrink > 1:
             drawn = F.avg_pool2d(drawn, shrink)
-        return crop_patches(drawn, origins, PATCH_SIZE).to(device)
+        return crop_patches(drawn, origins, side).to(device)
 
     def step(generator: torch.Generator) -> dict[str, Tensor]:
         patches = sample(settings.batch_size, generator)
         taught = (teacher(patches) - mean) / std
-        features = local_net(normalise(patches))
+        features = describe(local_net, patches)
         return distillation_losses(features, decoder(features), taught, settings)
 
     optimizer = torch.optim.Adam(local_net.parameters(), lr=settings.learning_rate)
@@ -303,12 +361,12 @@ def fine_tune_stage(
 
 @torch.no_grad()
 def standardise_local_net(
-    net: DistilledNet, sample: Callable[[int, torch.Generator], Tensor], seed: int
+    net: DistilledNet, sample: Callable[[torch.Generator], Tensor], seed: int
 ) -> None:
     """Scales Local-Net's output channels to mean 0, variance 1 over freshly drawn patches."""
     features = torch.cat(
         [
-            net.local_net(normalise(patches))
+            describe(net.local_net, patches)
             for patches in _statistics_patches(sample, f"scale{net.local_net.features}", seed)
         ]
     )
@@ -317,7 +375,7 @@ def standardise_local_net(
 
 
 def _teacher_statistics(
-    teacher: Teacher, sample: Callable[[int, torch.Generator], Tensor], seed: int
+    teacher: Teacher, sample: Callable[[torch.Generator], Tensor], seed: int
 ) -> tuple[Tensor, Tensor]:
     taught = torch.cat([teacher(patches) for patches in _statistics_patches(sample, "stats", seed)])
     # A channel that never moves carries nothing to learn: a floor keeps it finite and small.
@@ -326,9 +384,6 @@ def _teacher_statistics(
 
 
 def _statistics_patches(
-    sample: Callable[[int, torch.Generator], Tensor], name: str, seed: int
+    sample: Callable[[torch.Generator], Tensor], name: str, seed: int
 ) -> list[Tensor]:
-    return [
-        sample(_STATISTICS_BATCH, step_generator(seed, name, index))
-        for index in range(_STATISTICS_BATCHES)
-    ]
+    return [sample(step_generator(seed, name, index)) for index in range(_STATISTICS_BATCHES)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +67,7 @@ class Stage:
     optimizer: torch.optim.Optimizer
     modules: dict[str, nn.Module]
     replicated: bool = True
+    learning_rate: Callable[[int], float] | None = None
 
 
 @dataclass
@@ -149,6 +150,9 @@ class Trainer:
             ) as bar,
         ):
             for step in range(start, stage.steps):
+                if stage.learning_rate is not None:
+                    for group in stage.optimizer.param_groups:
+                        group["lr"] = stage.learning_rate(step)
                 stage.optimizer.zero_grad(set_to_none=True)
                 losses = stage.step(step_generator(self.seed, stage.name, step))
                 losses["loss"].backward()

@@ -43,7 +43,7 @@ class Plan:
         dataset: The data set's name, ``"mvtec"`` say.
         settings: Of training.
         output: Folder for a folder for each category, and for the summary.
-        local_net: A distilled Local-Net; None for the packaged one.
+        local_net: A distilled Local-Net; None for the packaged one that settings name.
         teacher_weights: For fine-tuning.
         device: Where to compute.
         protocol: What else a result depends on, as JSON values.
@@ -64,8 +64,8 @@ class Plan:
         return {
             "dataset": self.dataset,
             **self.protocol,
-            "local_net": str(self.local_net or "packaged"),
             **self.settings.to_json(),
+            "local_net": str(self.local_net or self.settings.local_net),
         }
 
 

@@ -15,6 +15,8 @@ AGGREGATIONS = ("mean", "gaussian", "max", "idw")
 IMAGE_SCORES = ("max", "contrast", "mean")
 DISTORTIONS = ("stain", "turn")
 WHITEN_OVER = ("patch", "image")
+LOCAL_NETS = ("fine", "deep")
+MEMORY_OF = ("teacher", "local")
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,9 @@ class TrainSettings:
     """Settings of stages 2 and 3 and of calibration.
 
     Attributes:
+        local_net: Which of the package's Local-Nets to begin with, unless another is given:
+            ``"fine"`` has learnt what a teacher's first layers see at a patch, edges and texture;
+            ``"deep"`` what a deeper layer makes of the patch alone, closer to the paper's.
         precision: What the networks compute in during stage 3, ``"float32"`` or ``"bfloat16"``;
             weights, losses and the optimizer stay in float32, and so does the distortion head.
         fine_tune_steps: Steps of stage 2; needs the teacher. 0 leaves the stage out.
@@ -61,6 +66,8 @@ class TrainSettings:
         memory_size: Local features of normal patches that are kept, and how far a patch is from
             the nearest of them is part of its score; 0 for none, as in the paper.
         memory_share: Share of that in a patch's score.
+        memory_of: What is kept and compared: ``"teacher"`` for the teacher's features as
+            Local-Net's decoder tells them, ``"local"`` for Local-Net's own.
         image_score: What of its map an image's score is: ``"max"``, ``"contrast"`` for the
             greatest value above the map's median, or ``"mean"``.
         aggregation: How patches become a map; see ``aggregate_patch_scores``.
@@ -76,6 +83,7 @@ class TrainSettings:
         seed: Of everything random.
     """
 
+    local_net: str = LOCAL_NETS[0]
     precision: str = "float32"
     fine_tune_steps: int = 0
     fine_tune_batch_size: int = 16
@@ -98,6 +106,7 @@ class TrainSettings:
     whiten_over: str = "patch"
     memory_size: int = 2000
     memory_share: float = 0.5
+    memory_of: str = "teacher"
     image_score: str = "max"
     aggregation: str = "gaussian"
     grid: str = "4"
@@ -113,6 +122,10 @@ class TrainSettings:
         Raises:
             GlanceError: Names the setting, what it may be, and what came.
         """
+        if self.local_net not in LOCAL_NETS:
+            raise GlanceError(
+                f"local net: expected one of {', '.join(LOCAL_NETS)}, got {self.local_net!r}"
+            )
         if not 0 <= self.lambda_s <= 1:
             raise GlanceError(f"lambda_s: expected a share between 0 and 1, got {self.lambda_s}")
         if self.steps < 1 or self.fine_tune_steps < 0:
@@ -142,6 +155,10 @@ class TrainSettings:
         if not 0 <= self.memory_share <= 1:
             raise GlanceError(
                 f"memory share: expected a share between 0 and 1, got {self.memory_share}"
+            )
+        if self.memory_of not in MEMORY_OF:
+            raise GlanceError(
+                f"memory of: expected one of {', '.join(MEMORY_OF)}, got {self.memory_of!r}"
             )
         if self.memory_size and not self.standardise:
             raise GlanceError(
@@ -189,6 +206,7 @@ PRESETS: dict[str, TrainSettings] = {
     "quick": TrainSettings(steps=200),
     "default": TrainSettings(head_steps=1500),
     "paper": TrainSettings(
+        local_net="deep",
         fine_tune_steps=50_000,
         steps=200_000,
         batch_size=64,

@@ -169,7 +169,7 @@ def train_loaded(
             f"train: expected every process to find the same images, got {found} in process "
             f"{world.rank} and {theirs} in process 0"
         )
-    distilled = load_local_net(local_net or packaged_local_net())
+    distilled = load_local_net(local_net or packaged_local_net(settings.local_net))
     torch.manual_seed(settings.seed)
     model = Glance(
         distilled.local_net,
@@ -177,6 +177,7 @@ def train_loaded(
         whiten=settings.whiten,
         whiten_over=settings.whiten_over,
         memory_size=settings.memory_size,
+        memory_features=len(distilled.teacher_mean) if settings.memory_of == "teacher" else 0,
     ).to(device)
     distilled.decoder.to(device)
     trainer = Trainer(
@@ -184,7 +185,7 @@ def train_loaded(
         {
             **settings.to_json(),
             "images": found,
-            "local_net": str(local_net or "packaged"),
+            "local_net": str(local_net or settings.local_net),
             "device": device.type,
         },
         settings.seed,
@@ -223,7 +224,11 @@ def train_loaded(
             else [images[i] for i in _spread(len(images), _WHITENING_IMAGES)]
         )
         fit_residual_scale(model, with_progress(some, "whiten"), grid=settings.grid, device=device)
-    if settings.memory_size:
+    if model.memory is not None:
+        if settings.memory_of == "teacher":
+            model.memory.learn_decoder(
+                distilled.decoder, distilled.teacher_mean, distilled.teacher_std
+            )
         some = [images[i] for i in _spread(len(images), _MEMORY_IMAGES)]
         fit_memory(
             model,
@@ -249,6 +254,7 @@ def train_loaded(
     )
     record: dict[str, Any] = {
         **settings.to_json(),
+        "local_net": str(local_net or settings.local_net),
         "images": normal.count,
         "teacher": distilled.teacher,
     }

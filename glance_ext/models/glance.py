@@ -72,6 +72,8 @@ class Glance(nn.Module):
         whiten_over: ``"patch"``, or ``"image"`` for the mean difference of an image's patches.
         memory_size: How many features of normal patches are kept for the novelty score; 0 for none,
             and no such score.
+        memory_features: t, the length of the teacher's feature that they are decoded to; 0 to keep
+            Local-Net's own.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Glance(nn.Module):
         whiten: bool = False,
         whiten_over: str = "patch",
         memory_size: int = 0,
+        memory_features: int = 0,
     ) -> None:
         super().__init__()
         self.patch_scale = patch_scale
@@ -91,7 +94,9 @@ class Glance(nn.Module):
         self.global_net = global_net or GlobalNet(local_net.features)
         self.distortion_head = distortion_head or DistortionHead(local_net.features)
         self.residual_scale = ResidualScale(local_net.features, whiten_over) if whiten else None
-        self.memory = FeatureMemory(memory_size, local_net.features) if memory_size else None
+        self.memory = None
+        if memory_size:
+            self.memory = FeatureMemory(memory_size, local_net.features, memory_features)
 
     @property
     def view_size(self) -> int:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glance_ext.models.local_net import Decoder
+
 _CHUNK = 1 << 22  # distances that are held at a time
 _PROJECTED = 32  # dimensions in which a coreset is chosen
 
@@ -19,20 +21,26 @@ class FeatureMemory(nn.Module):
     al., CVPR 2022).
 
     Features are compared by their direction, each channel scaled by its spread over normal patches:
-    their length says how strong a patch's texture is, which light and focus change.
+    their length says how strong a patch's texture is, which light and focus change. What is
+    compared is the teacher's feature, as the decoder tells it from ``Z_l``: distillation makes the
+    channels of ``Z_l`` alike in variance, and so lets what the teacher hardly speaks of count as
+    much as what it speaks of most.
 
     Args:
         size: How many features are kept.
-        features: n, the length of each.
+        features: n, the length of ``Z_l``.
+        taught: t, the length of the teacher's feature; 0 to compare ``Z_l`` itself.
     """
 
     kept: Tensor
     spread: Tensor
 
-    def __init__(self, size: int, features: int = 128) -> None:
+    def __init__(self, size: int, features: int = 128, taught: int = 0) -> None:
         super().__init__()
-        self.register_buffer("kept", torch.zeros(size, features))
-        self.register_buffer("spread", torch.ones(features))
+        self.taught = taught
+        self.decoder = nn.Linear(features, taught).requires_grad_(False) if taught else None
+        self.register_buffer("kept", torch.zeros(size, taught or features))
+        self.register_buffer("spread", torch.ones(taught or features))
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -40,15 +48,27 @@ class FeatureMemory(nn.Module):
     def forward(self, local_features: Tensor) -> Tensor:
         """Novelty ``min_m ||d(Z_l) - d(Z_m)||_2`` of patches, ``(N, P)`` from ``(N, P, n)``.
 
-        ``d`` is the direction of a scaled feature, so that this is from 0 to 2.
+        ``d`` is the direction of a decoded and scaled feature, so that this is from 0 to 2.
         """
-        directions = self.directions(local_features.flatten(0, -2))
+        directions = self.directions(self.decoded(local_features.flatten(0, -2)))
         chunk = max(1, _CHUNK // len(self.kept))
         alike = torch.cat([(some @ self.kept.T).amax(1) for some in directions.split(chunk)])
         return (2 - 2 * alike).clamp_min(0).sqrt().reshape(local_features.shape[:-1])
 
+    @torch.no_grad()
+    def learn_decoder(self, decoder: Decoder, mean: Tensor, std: Tensor) -> None:
+        """Takes a Local-Net's decoder, and the scale of its teacher's features ``(t,)``."""
+        assert self.decoder is not None
+        linear = decoder.linear
+        self.decoder.weight.copy_(std.to(linear.weight)[:, None] * linear.weight)
+        self.decoder.bias.copy_(std.to(linear.bias) * linear.bias + mean.to(linear.bias))
+
+    def decoded(self, local_features: Tensor) -> Tensor:
+        """What is compared, from ``Z_l`` ``(M, n)``."""
+        return local_features if self.decoder is None else self.decoder(local_features)
+
     def directions(self, features: Tensor) -> Tensor:
-        """Features ``(M, n)`` scaled to the spread of each channel, and then to unit length."""
+        """Features ``(M, t)`` scaled to the spread of each channel, and then to unit length."""
         return F.normalize(features / self.spread, dim=-1)
 
     @torch.no_grad()
@@ -56,7 +76,7 @@ class FeatureMemory(nn.Module):
         """Keeps the directions of a coreset of ``features``, or of all if they are fewer.
 
         Args:
-            features: ``(M, n)`` of normal patches.
+            features: ``Z_l`` of normal patches, ``(M, n)``.
             generator: Of the projection in which it is chosen.
 
         Raises:
@@ -64,9 +84,10 @@ class FeatureMemory(nn.Module):
         """
         if len(features) < 1:
             raise ValueError("FeatureMemory: expected at least one feature, got 0")
+        features = self.decoded(features.to(self.spread))
         spread = features.std(0, correction=0)
         self.spread.copy_(spread.clamp_min(1e-3 * float(spread.max()) + 1e-12))
-        directions = self.directions(features.to(self.spread))
+        directions = self.directions(features)
         picks = coreset(directions, len(self.kept), generator)
         self.kept = directions[picks.to(features.device)]
 

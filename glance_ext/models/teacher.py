@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from glance_ext.errors import TeacherError
 PAPER_TEACHER = "resnet18"
 OFFLINE_TEACHER = "tf_efficientnet_lite0"
 POOLED = "pooled"
+STRIDE = 4  # of the features that a teacher in context gives, in pixels: Local-Net's
+_MARGIN = 16  # pixels from a crop's border to the centre of the first patch of 33
 # The same torchvision weights under the names that caches know them by.
 _RESNET18_HUB_FILE = "resnet18-5c106cde.pth"
 _RESNET18_TIMM = ("resnet18.tv_in1k", "resnet18.a1_in1k")
@@ -30,15 +33,23 @@ _WAYS = (
 
 
 class Teacher(nn.Module):
-    """A frozen pretrained network that gives one pooled feature for each patch.
+    """A frozen pretrained network that gives one feature for each patch.
+
+    The paper shows it a patch alone, resized, and takes its pooled feature. In context it sees a
+    larger crop, as it is; a patch's feature is then what its layers' maps have at the patch's
+    centre. Maps of stride 4 or less are averaged over 3x3 cells, so that a feature speaks of the
+    patch and not of its middle pixel; coarser ones are interpolated.
 
     Args:
-        network: Maps ``(B, 3, S, S)``, normalised, to ``(B, t)`` or ``(B, t, h, w)``.
+        network: Maps ``(B, 3, S, S)``, normalised, to ``(B, t)``, ``(B, t, h, w)``, or a list of
+            the latter.
         name: timm's name of the network.
-        layer: ``"pooled"`` for the pooled last feature, or the name of a layer.
-        input_size: S, to which each patch is resized, in pixels.
+        layer: ``"pooled"`` for the pooled last feature, or the name of a layer, or of several
+            joined by ``+``, whose features are concatenated.
+        input_size: S in pixels: to what each patch is resized, or the crops' side.
         mean: The network's own normalisation of RGB in [0, 1].
         std: The same.
+        context: Whether it sees crops.
     """
 
     def __init__(
@@ -50,12 +61,14 @@ class Teacher(nn.Module):
         input_size: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        context: bool = False,
     ) -> None:
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self.name = name
         self.layer = layer
         self.input_size = input_size
+        self.context = context
         self.mean: Tensor
         self.std: Tensor
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -70,24 +83,40 @@ class Teacher(nn.Module):
         """Describes patches.
 
         Args:
-            patches: ``(B, 3, h, w)``, RGB in [0, 1].
+            patches: ``(B, 3, h, w)``, RGB in [0, 1]; in context ``(B, 3, S, S)``.
 
         Returns:
-            Features ``(B, t)``, not standardised.
+            Features ``(B, t)``, not standardised. In context ``(B * P, t)`` of the P patches of
+            33x33 pixels at stride 4 in each crop, row by row.
         """
+        if self.context:
+            return self._in_context(patches)
         size = (self.input_size, self.input_size)
         resized = F.interpolate(patches, size, mode="bilinear", align_corners=False)
-        feature = self.network((resized - self.mean) / self.std)
-        if feature.dim() == 4:
-            feature = feature.mean((2, 3))
-        return feature
+        features = _as_list(self.network((resized - self.mean) / self.std))
+        return torch.cat([f.mean((2, 3)) if f.dim() == 4 else f for f in features], 1)
+
+    def _in_context(self, crops: Tensor) -> Tensor:
+        cells = (self.input_size - 1) // STRIDE + 1  # at pixels 0, 4, 8, ..., S - 1
+        maps = []
+        for layer in _as_list(self.network((crops - self.mean) / self.std)):
+            at_cells = layer
+            if layer.shape[-1] != cells:
+                at_cells = F.interpolate(layer, (cells, cells), mode="bilinear", align_corners=True)
+            if layer.shape[-1] >= cells:
+                at_cells = F.avg_pool2d(at_cells, 3, 1, 1, count_include_pad=False)
+            maps.append(at_cells)
+        first = _MARGIN // STRIDE
+        inner = torch.cat(maps, 1)[..., first : cells - first, first : cells - first]
+        return inner.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _as_list(features: Tensor | list[Tensor]) -> list[Tensor]:
+    return features if isinstance(features, list) else [features]
 
 
 class _Reached(Exception):
-    """Carries the feature out of the network once its layer has run."""
-
-    def __init__(self, feature: Tensor) -> None:
-        self.feature = feature
+    """Leaves the network once its last layer has run."""
 
 
 class Truncated(nn.Module):
@@ -97,25 +126,32 @@ class Truncated(nn.Module):
 
     Args:
         network: The whole network.
-        layer: The dotted name of one of its modules.
+        layers: The dotted names of one or more of its modules.
     """
 
-    def __init__(self, network: nn.Module, layer: str) -> None:
+    def __init__(self, network: nn.Module, *layers: str) -> None:
         super().__init__()
         self.network = network
-        network.get_submodule(layer).register_forward_hook(self._stop)
+        self._found: dict[str, Any] = {}
+        self._layers = layers
+        for layer in layers:
+            network.get_submodule(layer).register_forward_hook(partial(self._keep, layer))
 
-    @staticmethod
-    def _stop(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        raise _Reached(output)
+    def _keep(self, layer: str, module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        self._found[layer] = output
+        if len(self._found) == len(self._layers):
+            raise _Reached
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Gives the layer's output for ``(B, 3, S, S)``."""
+    def forward(self, images: Tensor) -> list[Any]:
+        """Gives the layers' outputs for ``(B, 3, S, S)``, in the order of their names."""
+        self._found.clear()
         try:
             self.network(images)
-        except _Reached as reached:
-            return reached.feature
-        raise RuntimeError("the network ended without running its layer")
+        except _Reached:
+            return [self._found[layer] for layer in self._layers]
+        finally:
+            self._found = {}
+        raise RuntimeError("the network ended without running its layers")
 
     @torch.no_grad()
     def needed(self, input_size: int) -> set[str]:
@@ -137,20 +173,34 @@ def load_teacher(
     layer: str = POOLED,
     weights: str | os.PathLike[str] | None = None,
     input_size: int = 128,
+    context: bool = False,
 ) -> Teacher:
     """Builds a teacher and loads its pretrained weights.
 
     Args:
         name: A timm model name. None takes the paper's resnet18 if ``weights`` is given or a cache
             of this machine holds its ImageNet weights, else the offline teacher.
-        layer: ``"pooled"``, or the dotted name of one of the network's modules.
+        layer: ``"pooled"``, or the dotted name of one of the network's modules, or of several
+            joined by ``+``.
         weights: A safetensors file or a torch state_dict. Layers behind ``layer`` may be missing.
-        input_size: Patches are resized to this many pixels a side.
+        input_size: Patches are resized to this many pixels a side; in context, the side of crops.
+        context: Whether the teacher sees crops as they are, with patches in them.
 
     Raises:
-        TeacherError: timm is missing, the name or the layer is unknown, or no weights can be had;
-            the message names the ways to get one.
+        TeacherError: timm is missing, the name or the layer is unknown, no weights can be had (the
+            message names the ways to get them), or ``context`` comes with pooled features or with a
+            side that is not 65, 69, 73, ...
     """
+    if context and layer == POOLED:
+        raise TeacherError(
+            "--teacher-context: expected --teacher-layer to name layers that give maps, got "
+            f"{layer!r}"
+        )
+    if context and (input_size < 65 or input_size % STRIDE != 1):
+        raise TeacherError(
+            "--teacher-context: expected --teacher-input-size to be 65 or more and 1 above a "
+            f"multiple of {STRIDE}, got {input_size}"
+        )
     if importlib.util.find_spec("timm") is None:
         raise TeacherError(f"A teacher needs the package timm, which is not installed. {_WAYS}")
     try:
@@ -172,7 +222,7 @@ def load_teacher(
         raise TeacherError(f"{unknown}: {error}") from error
     config: Any = network.default_cfg
     truncated = _truncate(network, name, layer)
-    _try_forward(truncated, name, layer, input_size)
+    _try_forward(truncated, name, layer, input_size, context)
     state = _find_state(name) if weights is None else _read_state(Path(weights))
     if state is None:
         state = _download_state(name)
@@ -185,6 +235,7 @@ def load_teacher(
         input_size=input_size,
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
+        context=context,
     )
 
 
@@ -192,17 +243,19 @@ def _truncate(network: nn.Module, name: str, layer: str) -> nn.Module:
     if layer == POOLED:
         return network
     modules = [module for module, _ in network.named_modules() if module]
-    if layer not in modules:
-        top = ", ".join(module for module, _ in network.named_children())
-        raise TeacherError(
-            f"--teacher-layer: expected '{POOLED}' or a module of {name} ({top}, ...), "
-            f"got {layer!r}"
-        )
-    return Truncated(network, layer)
+    layers = layer.split("+")
+    for one in layers:
+        if one not in modules or layers.count(one) > 1:
+            top = ", ".join(module for module, _ in network.named_children())
+            raise TeacherError(
+                f"--teacher-layer: expected '{POOLED}' or a module of {name} ({top}, ...), or "
+                f"several of them joined by '+', got {layer!r}"
+            )
+    return Truncated(network, *layers)
 
 
 @torch.no_grad()
-def _try_forward(network: nn.Module, name: str, layer: str, input_size: int) -> None:
+def _try_forward(network: nn.Module, name: str, layer: str, input_size: int, context: bool) -> None:
     """Finds a size that the network does not take, and a layer that gives no feature."""
     try:
         feature = network(torch.zeros(1, 3, input_size, input_size))
@@ -211,12 +264,14 @@ def _try_forward(network: nn.Module, name: str, layer: str, input_size: int) -> 
             f"The teacher {name} gives no feature at layer {layer!r} for patches of {input_size} "
             f"pixels (--teacher-input-size): {' '.join(str(error).split())}"
         ) from error
-    if not isinstance(feature, Tensor) or feature.dim() not in (2, 4):
-        shape = tuple(feature.shape) if isinstance(feature, Tensor) else type(feature).__name__
-        raise TeacherError(
-            f"--teacher-layer: expected a layer of {name} that gives (B, t) or (B, t, h, w), but "
-            f"{layer!r} gives {shape}"
-        )
+    for found in _as_list(feature):
+        dims = (4,) if context else (2, 4)
+        if not isinstance(found, Tensor) or found.dim() not in dims:
+            shape = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise TeacherError(
+                f"--teacher-layer: expected a layer of {name} that gives "
+                f"{'' if context else '(B, t) or '}(B, t, h, w), but {layer!r} gives {shape}"
+            )
 
 
 def _cached_resnet18() -> Path | None:

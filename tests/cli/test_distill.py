@@ -19,6 +19,7 @@ TEACHER = ["--teacher", "tf_efficientnet_lite0", "--teacher-layer", "blocks.0",
 def few_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distill, "_STATISTICS_BATCHES", 2)
     monkeypatch.setattr(distill, "_STATISTICS_BATCH", 8)
+    monkeypatch.setattr(distill, "_STATISTICS_CROPS", 1)
 
 
 def test_a_distilled_local_net_trains_a_model(run: Run, good: Path, tmp_path: Path) -> None:
@@ -53,6 +54,8 @@ def test_a_distilled_local_net_trains_a_model(run: Run, good: Path, tmp_path: Pa
         (["--teacher-weights", "missing.pth"], "--teacher-weights: expected a file"),
         (["--learning-rate", "nan"], "learning rate: expected a number above 0"),
         (["--kernel-size", "4"], "--kernel-size"),
+        (["--decay", "1.5"], "--decay"),
+        (["--teacher-context"], "--teacher-context: expected --teacher-input-size to be 65"),
     ],
 )
 def test_wrong_options_are_named(
@@ -62,6 +65,15 @@ def test_wrong_options_are_named(
     assert result.exit_code == 2
     assert said in result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_in_context(run: Run, good: Path, tmp_path: Path) -> None:
+    context = ["--teacher-context", "--teacher-input-size", 65, "--decay", 0.5]
+    layers = ["--teacher-layer", "blocks.0+blocks.1"]
+    assert run("distill", good, "-o", tmp_path / "net", *TEACHER, *context, *layers).exit_code == 0
+    teacher = load_local_net(tmp_path / "net").teacher
+    assert (teacher["context"], teacher["input_size"], teacher["decay"]) == (True, 65, 0.5)
+    assert teacher["layer"] == "blocks.0+blocks.1"
 
 
 def test_folders_without_usable_images_are_told(run: Run, good: Path, tmp_path: Path) -> None:

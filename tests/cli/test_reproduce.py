@@ -213,7 +213,7 @@ def test_a_missing_local_net_is_a_wrong_call(run: Run, tmp_path: Path) -> None:
     root = trees.btad(tmp_path)
     result = run("reproduce", "btad", root, "-o", tmp_path / "o", "--local-net", tmp_path / "no")
     assert result.exit_code == 2
-    assert "--local-net: expected a file" in result.stderr
+    assert "--local-net: expected fine, deep or a file" in result.stderr
 
 
 # ---------------------------------------------------------------- CIFAR-10

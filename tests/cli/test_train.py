@@ -5,11 +5,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from glance_ext import files
 from glance_ext.engine.checkpoint import load_checkpoint, save_checkpoint
 from glance_ext.engine.detector import MODEL_FILE, MODEL_KIND, Detector
+from glance_ext.engine.distill import load_local_net, packaged_local_net
 from glance_ext.errors import CheckpointError
 from tests.cli.conftest import Run, write_image
 
@@ -75,6 +77,19 @@ def test_how_patches_are_drawn_is_a_setting_that_changes_the_losses(
     content = json.loads(json_file.read_text())
     assert content["metadata"]["settings"][option[2:].replace("-", "_")] == setting
     assert content["losses"] != json.loads((model / "train.json").read_text())["losses"]
+
+
+def test_a_local_net_of_the_package_is_named(run: Run, good: Path, tmp_path: Path) -> None:
+    base = ["train", "--normal", good, "--steps", 1, "--batch-size", 2, "--grid", 33,
+            "--head-steps", 0, "--memory-size", 4]  # fmt: skip
+    for name, more in (("fine", []), ("deep", ["--local-net", "deep"])):
+        assert run(*base, "-o", tmp_path / name, *more).exit_code == 0
+        detector = Detector.load(tmp_path / name)
+        assert detector.settings["local_net"] == name
+        wanted = load_local_net(packaged_local_net(name)).local_net
+        found = detector.model.local_net.state_dict()
+        for key, value in wanted.state_dict().items():
+            assert torch.equal(found[key], value)
 
 
 def test_one_image_trains_with_a_warning(
@@ -157,7 +172,7 @@ def test_wrong_files_and_folders_are_named(
     assert "file: cannot write to this folder" in last(result.stderr)
     base = ["train", "--normal", good, "-o", tmp_path / "out", "--steps", 1]
     for value, message in (
-        (tmp_path / "none", "--local-net: expected a file"),
+        (tmp_path / "none", "--local-net: expected fine, deep or a file"),
         (model / "model.safetensors", "expected a checkpoint of kind 'local_net'"),
         (tmp_path / "file", "cut short or of another kind"),
     ):

@@ -13,6 +13,7 @@ from glance_ext.data.patches import (
     load_training_images,
     sample_positions,
     sample_scaled_patches,
+    varied,
 )
 from glance_ext.errors import InputError
 
@@ -150,3 +151,25 @@ def test_sides_are_log_uniform_between_their_limits() -> None:
     assert 19 < sides.min() < 22
     assert 76 < sides.max() < 82
     assert 36 < sides.median() < 44  # the geometric mean is 40, the arithmetic 50
+
+
+def test_crops_are_varied_by_turns_light_and_grain() -> None:
+    # brighter from row to row, and somewhat to the right, so that a turn shows
+    rows, columns = torch.meshgrid(torch.arange(33.0), torch.arange(33.0), indexing="ij")
+    ramp = 0.3 + 0.2 * rows / 32 + 0.1 * columns / 32
+    crops = ramp.expand(400, 3, 33, 33)
+    seen = varied(crops, generator())
+    assert torch.equal(seen, varied(crops, generator()))
+    assert seen.shape == crops.shape
+    assert seen.min() >= 0
+    assert seen.max() <= 1
+    turns = [crops[0].rot90(k, (-2, -1)) for k in range(4)]
+    same = torch.stack([(seen - turn).abs().amax((1, 2, 3)) < 1e-6 for turn in turns], 1)
+    assert ((same.float().mean(0) > 0.05) & (same.float().mean(0) < 0.13)).all()  # 0.5 * 0.7 / 4
+    colours = (seen - seen.mean(1, keepdim=True)).abs().amax()
+    assert colours < 1e-6  # light and grain are the same in all channels
+    means = seen.mean((1, 2, 3))
+    assert means.min() < 0.15
+    assert means.max() > 0.5
+    rough = (seen[:, :, 1:] - seen[:, :, :-1]).std((1, 2, 3)) > 0.02
+    assert 0.1 < rough.float().mean() < 0.35

@@ -53,6 +53,7 @@ def with_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
 def few_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distill, "_STATISTICS_BATCHES", 3)
     monkeypatch.setattr(distill, "_STATISTICS_BATCH", 32)
+    monkeypatch.setattr(distill, "_STATISTICS_CROPS", 2)
 
 
 @pytest.fixture(scope="session")

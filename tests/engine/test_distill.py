@@ -12,11 +12,13 @@ from glance_ext.engine.distill import (
     LOCAL_NET_KIND,
     DistillResult,
     DistillSettings,
+    describe,
     distill,
     load_local_net,
     packaged_local_net,
 )
 from glance_ext.engine.loop import step_generator
+from glance_ext.engine.settings import LOCAL_NETS
 from glance_ext.errors import (
     CheckpointError,
     GlanceError,
@@ -25,6 +27,7 @@ from glance_ext.errors import (
     NoUsableInputError,
     OutputError,
 )
+from glance_ext.models.local_net import Decoder
 from glance_ext.models.normalisation import normalise
 from glance_ext.models.teacher import Teacher
 
@@ -206,13 +209,95 @@ def test_16_bit_weights_are_widened(local_net_file: Path, tmp_path: Path) -> Non
     assert torch.equal(net.local_net.layers[0].weight, half["local_net.layers.0.weight"].float())
 
 
-def test_the_package_carries_a_standardised_local_net() -> None:
-    net = load_local_net(packaged_local_net())
+@pytest.mark.parametrize("name", LOCAL_NETS)
+def test_the_package_carries_standardised_local_nets(name: str) -> None:
+    net = load_local_net(packaged_local_net(name))
     assert net.local_net.features == 128
+    assert net.teacher.get("context", False) == (name == "fine")
     assert {"name", "layer", "input_size"} <= net.teacher.keys()
     with torch.no_grad():
         features = net.local_net(normalise(torch.rand(4, 3, 33, 33)))
     assert torch.isfinite(features).all()
+
+
+def test_the_learning_rate_falls_at_the_end() -> None:
+    rates = [
+        DistillSettings(steps=10, learning_rate=2.0, decay=0.4).learning_rate_at(step)
+        for step in range(10)
+    ]
+    assert rates == pytest.approx([2, 2, 2, 2, 2, 2, 2, 1.5, 1.0, 0.5])
+    assert {DistillSettings(steps=10).learning_rate_at(step) for step in range(10)} == {2e-4}
+
+
+# ---------------------------------------------------------------- a teacher in context
+
+
+def teacher_in_context() -> Teacher:
+    torch.manual_seed(6)
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 7, stride=4, padding=3), torch.nn.Tanh())
+    return Teacher(
+        network, name="tiny", layer="all", input_size=65, mean=(0.5,) * 3, std=(0.2,) * 3,
+        context=True,
+    )  # fmt: skip
+
+
+def test_a_crop_is_described_patch_by_patch(local_net_file: Path) -> None:
+    net = load_local_net(local_net_file).local_net
+    crops = torch.rand(2, 3, 65, 65)
+    with torch.no_grad():
+        found = describe(net, crops)
+        patches = crops.unfold(2, 33, 4).unfold(3, 33, 4).permute(0, 2, 3, 1, 4, 5)
+        wanted = describe(net, patches.flatten(0, 2))
+    assert len(wanted) == 2 * 9 * 9
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_net_comes_to_know_what_a_teacher_says_in_context(
+    pictures: list[Path], tmp_path: Path
+) -> None:
+    settings = DistillSettings(
+        steps=120, batch_size=2, features=8, learning_rate=2e-3, decay=0.3, lambda_c=0.1
+    )
+    result = run(pictures, teacher_in_context(), tmp_path / "net", settings)
+    points = [value for _, value in result.history["distill/knowledge"]]
+    assert points[-1] < 0.6 * points[0]
+    net = load_local_net(tmp_path / "net")
+    assert net.teacher["context"] is True
+    assert net.teacher["decay"] == 0.3
+    images = load_mixed_images(pictures, longest_side=1024, on_error=pytest.fail)
+    crops = sample_scaled_patches(images, 8, 65, torch.Generator().manual_seed(8))
+    with torch.no_grad():
+        taught = (teacher_in_context()(crops) - net.teacher_mean) / net.teacher_std
+        decoded = net.decoder(describe(net.local_net, crops))
+    assert (decoded - taught).square().mean() < 0.8 * taught.square().mean()
+
+
+def test_fine_tuning_shows_a_teacher_in_context_whole_crops(local_net_file: Path) -> None:
+    net = load_local_net(local_net_file)
+    teacher = teacher_in_context()
+    net.decoder, net.teacher_mean, net.teacher_std = Decoder(8, 5), torch.zeros(5), torch.ones(5)
+    seen: list[torch.Tensor] = []
+    teacher.network.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    settings, cpu = DistillSettings(steps=1, batch_size=2), torch.device("cpu")
+    images = torch.rand(3, 3, 128, 128)
+    stage = module.fine_tune_stage(net, teacher, images, settings, cpu)
+    losses = stage.step(torch.Generator().manual_seed(0))
+    assert seen[0].shape == (2, 3, 65, 65)
+    assert torch.isfinite(losses["loss"])
+    with pytest.raises(GlanceError, match=r"images of at least 65 pixels a side.*got 64x64"):
+        module.fine_tune_stage(net, teacher, images, settings, cpu, shrink=2)
+
+
+def test_a_teacher_in_context_is_built_again_from_the_file(
+    local_net_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(module, "load_teacher", lambda name, **options: asked.append(options))
+    net = load_local_net(local_net_file)
+    net.load_teacher()
+    net.teacher["context"] = True
+    net.load_teacher()
+    assert [options["context"] for options in asked] == [False, True]
 
 
 def test_fine_tuning_cuts_its_patches_from_the_shrunk_image(

@@ -79,6 +79,14 @@ def test_steps_are_taken_and_the_loss_falls(tmp_path: Path) -> None:
     assert [v for _, v in run.history["fit/double"]] == [2 * v for _, v in points]
 
 
+def test_the_learning_rate_is_that_of_the_step(tmp_path: Path) -> None:
+    seen: list[float] = []
+    fit = stage(hook=lambda _: seen.append(fit.optimizer.param_groups[0]["lr"]))
+    fit.learning_rate = lambda step: 0.5 / (step + 1)
+    trainer(tmp_path).run(fit)
+    assert seen == [0.5 / (step + 1) for step in range(9)]
+
+
 def test_the_same_seed_trains_the_same_network_and_another_another(
     tmp_path: Path, expected: bytes
 ) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from glance_ext.data.grid import patch_grid
 from glance_ext.engine.detector import MODEL_FILE, Detector
+from glance_ext.engine.distill import load_local_net
 from glance_ext.engine.memory import fit_memory
 from glance_ext.engine.settings import TrainSettings, preset
 from glance_ext.engine.train import train
@@ -65,11 +66,18 @@ def test_memory_is_the_same_for_a_seed_and_differs_between_seeds() -> None:
     assert not torch.equal(kept[0], kept[2])
 
 
+@pytest.mark.parametrize("of", ["teacher", "local"])
 def test_training_fills_it_and_the_detector_keeps_it(
-    tmp_path: Path, pictures: list[Path], local_net_file: Path
+    tmp_path: Path, pictures: list[Path], local_net_file: Path, of: str
 ) -> None:
     settings = TrainSettings(
-        steps=2, batch_size=4, grid="33", memory_size=30, memory_share=0.75, lambda_s=0.5
+        steps=2,
+        batch_size=4,
+        grid="33",
+        memory_size=30,
+        memory_share=0.75,
+        memory_of=of,
+        lambda_s=0.5,
     )
     result = train(
         pictures,
@@ -81,6 +89,14 @@ def test_training_fills_it_and_the_detector_keeps_it(
     detector = Detector.load(tmp_path / "run" / MODEL_FILE)
     assert torch.equal(detector.model.memory.kept, result.detector.model.memory.kept)
     assert len(detector.model.memory) == 30
+    net = load_local_net(local_net_file)
+    if of == "teacher":
+        taught = net.decoder.linear.weight * net.teacher_std[:, None]
+        torch.testing.assert_close(detector.model.memory.decoder.weight, taught)
+        assert detector.model.memory.kept.shape[1] == len(net.teacher_mean)
+    else:
+        assert detector.model.memory.decoder is None
+        assert detector.model.memory.kept.shape[1] == net.local_net.features
     assert float(detector.model.memory.kept.norm(dim=1).min()) == pytest.approx(1, abs=1e-5)
     calibration = detector.calibration
     assert calibration.memory_share == 0.75

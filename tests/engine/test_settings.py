@@ -13,6 +13,7 @@ def test_the_papers_preset_has_the_papers_numbers() -> None:
     assert (paper.global_learning_rate, paper.head_learning_rate) == (1e-4, 1e-5)
     assert (paper.lambda_t, paper.lambda_s) == (0.01, 0.8)
     assert paper.grid == "paper"
+    assert paper.local_net == "deep"
     assert (paper.holes_per_image, paper.positions, paper.stain_uses) == (1, "uniform", 1)
     assert not paper.standardise
     assert (paper.stains, paper.aggregation) == ("small", "mean")
@@ -49,6 +50,8 @@ def test_changes_that_are_none_change_nothing() -> None:
         ({"batch_size": 0}, "batch size"),
         ({"fine_tune_batch_size": 1}, "batch size"),
         ({"precision": "float16"}, "precision: expected one of float32, bfloat16, got 'float16'"),
+        ({"local_net": "wide"}, "local net: expected one of fine, deep, got 'wide'"),
+        ({"memory_of": "image"}, "memory of: expected one of teacher, local, got 'image'"),
         ({"stain_uses": 0}, "stain uses: expected at least 1, got 0"),
         ({"holes_per_image": 0}, "holes per image: expected at least 1, got 0"),
         (

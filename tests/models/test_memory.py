@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from glance_ext.models.local_net import Decoder
 from glance_ext.models.memory import FeatureMemory, coreset
 
 
@@ -76,3 +77,24 @@ def test_coreset_of_more_than_there_are_is_all() -> None:
 def test_without_a_feature_nothing_can_be_kept() -> None:
     with pytest.raises(ValueError, match="expected at least one feature, got 0"):
         FeatureMemory(3, 2).fit(torch.zeros(0, 2), generator())
+
+
+def test_what_is_compared_is_the_teachers_feature() -> None:
+    mean, std = torch.rand(9, generator=generator()) + 2, torch.rand(9, generator=generator(1)) + 1
+    decoder = Decoder(6, 9)
+    memory = FeatureMemory(40, 6, 9)
+    memory.learn_decoder(decoder, mean, std)
+    features = torch.randn(30, 6, generator=generator())
+    with torch.no_grad():
+        taught = decoder(features) * std + mean
+        torch.testing.assert_close(memory.decoded(features), taught)
+        memory.fit(features, generator())
+        expected = FeatureMemory(40, 9)
+        expected.fit(taught, generator())
+        torch.testing.assert_close(memory.kept, expected.kept, atol=1e-5, rtol=1e-5)
+        other = torch.randn(1, 8, 6, generator=generator(2))
+        found = memory(other)
+        torch.testing.assert_close(
+            found, expected(decoder(other) * std + mean), atol=1e-4, rtol=1e-4
+        )
+    assert not any(p.requires_grad for p in memory.parameters())

@@ -1,7 +1,9 @@
+import copy
 import importlib.util
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -80,10 +82,80 @@ def test_a_truncated_network_runs_no_further_than_its_layer() -> None:
             raise AssertionError("ran a layer behind")
 
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), Fatal())
+    other = copy.deepcopy(network)
     truncated = Truncated(network, "1")
     x = torch.rand(1, 3, 8, 8)
-    assert torch.equal(truncated(x), network[0](x).relu())
+    (feature,) = truncated(x)
+    assert torch.equal(feature, network[0](x).relu())
     assert truncated.needed(8) == {"", "0", "1"}
+    later, earlier = Truncated(other, "1", "0")(x)
+    assert torch.equal(later, feature)
+    assert torch.equal(earlier, network[0](x))
+
+
+# ---------------------------------------------------------------- in context
+
+
+class Strides(nn.Module):
+    """Maps of the red, the green and the blue value at every second, fourth and eighth pixel."""
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [x[:, :1, ::2, ::2], x[:, 1:2, ::4, ::4], x[:, 2:, ::8, ::8]]
+
+
+def test_in_context_a_feature_is_of_the_patchs_centre() -> None:
+    side = 73
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    ramp = (rows + 100.0 * columns) / 10_000  # says where a pixel is, averaged or interpolated
+    teacher = Teacher(
+        Strides(), name="x", layer="y", input_size=side, mean=(0.0,) * 3, std=(1.0,) * 3,
+        context=True,
+    )  # fmt: skip
+    features = teacher(torch.stack((ramp, ramp, ramp)).expand(2, 3, side, side))
+    starts = range(0, side - 32, 4)
+    wanted = [(row + 16 + 100.0 * (column + 16)) / 10_000 for row in starts for column in starts]
+    assert features.shape == (2 * len(starts) ** 2, 3)
+    expected = torch.tensor(wanted * 2)[:, None].expand(-1, 3)
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_in_context_fine_maps_are_averaged_over_3x3_cells() -> None:
+    crops = torch.rand(1, 3, 65, 65)
+    teacher = Teacher(
+        Strides(), name="x", layer="y", input_size=65, mean=(0.0,) * 3, std=(1.0,) * 3,
+        context=True,
+    )  # fmt: skip
+    features = teacher(crops).reshape(9, 9, 3)
+    around = crops[0, 1, 12 + 4 * 2 : 24 + 4 * 2 : 4, 12:24:4]  # of the patch in row 2, column 0
+    torch.testing.assert_close(features[2, 0, 1], around.mean())
+    torch.testing.assert_close(features[2, 0, 2], crops[0, 2, 24, 16])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layer": "pooled"}, "--teacher-context: expected --teacher-layer to name layers"),
+        ({"input_size": 128}, "1 above a multiple of 4, got 128"),
+        ({"input_size": 61}, "to be 65 or more and"),
+        ({"layer": "layer1+layer1"}, r"joined by '\+', got 'layer1\+layer1'"),
+        ({"layer": "global_pool"}, r"that gives \(B, t, h, w\), but 'global_pool' gives"),
+    ],
+    ids=str,
+)
+def test_what_gives_no_features_in_context_is_named(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(TeacherError, match=said):
+        load_teacher("resnet18", **{"layer": "layer1", "input_size": 65, "context": True} | options)
+
+
+@needs_layer3
+def test_the_papers_teacher_in_context() -> None:
+    teacher = load_teacher(
+        "resnet18", weights=LAYER3, layer="layer1+layer2", input_size=97, context=True
+    )
+    features = teacher(torch.rand(2, 3, 97, 97))
+    assert features.shape == (2 * 17 * 17, 64 + 128)
+    alone = load_teacher("resnet18", weights=LAYER3, layer="layer1+layer2", input_size=97)
+    assert alone(torch.rand(2, 3, 33, 33)).shape == (2, 64 + 128)
 
 
 # ---------------------------------------------------------------- weights that are here
