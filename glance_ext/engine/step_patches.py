@@ -335,12 +335,13 @@ class KeptPatches(StepPatches):
         """Features ``(2, size, n)`` of an image's pool, clean and stained."""
         if index not in self._kept:
             patches, stained = self.patches(index)
-            dirty = self._local_net.of_patches(stained)
             if self._plan is None:
-                clean = self._local_net.of_patches(patches)
+                both = self._local_net.of_patches(torch.cat((patches, stained)))
+                clean, dirty = both.chunk(2)
             else:
                 _, places, _ = self._pool(index)
                 assert places is not None
+                dirty = self._local_net.of_patches(stained)
                 every = self._local_net.of_image(self._images[index], self._plan)
                 clean = every[places.to(self._device)].to(dirty)
             self._kept[index] = torch.stack((clean, dirty)).to(self._dtype)
