@@ -43,7 +43,8 @@ def test_reproduce_shows_the_committed_figures(name: str) -> None:
     seeds = np.array([_metrics(f"{name}-{seed}") for seed in range(3)])
     pairs = zip(seeds.mean(0), seeds.std(0, ddof=1), strict=True)
     assert [name, "glance-ext", *(f"{mean:.3f} ± {std:.3f}" for mean, std in pairs)] in rows
-    for setting, file in (("before", "before"), ("today's default", "0")):
+    settings = (("before", "before"), ("with novelty of `deep`", "deep"), ("today's default", "0"))
+    for setting, file in settings:
         assert [name, setting, *(f"{x:.3f}" for x in _metrics(f"{name}-{file}"))] in rows
 
 
@@ -73,6 +74,17 @@ def test_reproduce_shows_what_the_novelty_brings() -> None:
         settings = [f"{found['memory_share']:g}", found["scale"], f"{found['lambda_s']:g}"]
         figures = [f"{found[key]:.3f}" for key in ("image_AUROC", "pixel_AUPRO")]
         assert [found["set"], *settings, *figures] in shown
+
+
+def test_reproduce_shows_what_each_local_net_brings() -> None:
+    text = (ROOT / "docs" / "results" / "local_nets.json").read_text()
+    shown = _rows(ROOT / "docs" / "reproduce.md")
+    results = json.loads(text)["results"]
+    assert len(results) == 4 * 2 * 2
+    for found in results:
+        words = [found["set"], f"`{found['local_net']}`", found["memory_of"]]
+        figures = [f"{found[key]:.3f}" for key in ("image_AUROC", "pixel_AUPRO")]
+        assert [*words, *figures] in shown
 
 
 def test_reproduce_shows_the_committed_classes_of_cifar10() -> None:
