@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,17 @@ def test_the_learning_rate_falls_at_the_end() -> None:
     ]
     assert rates == pytest.approx([2, 2, 2, 2, 2, 2, 2, 1.5, 1.0, 0.5])
     assert {DistillSettings(steps=10).learning_rate_at(step) for step in range(10)} == {2e-4}
+
+
+def test_the_net_is_distilled_at_that_rate(
+    pictures: list[Path], teacher: Teacher, tmp_path: Path
+) -> None:
+    constant = run(pictures, teacher, tmp_path / "constant")
+    falling = run(pictures, teacher, tmp_path / "falling", replace(SETTINGS, decay=1.0))
+    (first, *_), (same, *_) = (r.history["distill/loss"] for r in (constant, falling))
+    assert first == same  # before the first step
+    weights = [r.net.local_net.layers[0].get_parameter("weight") for r in (constant, falling)]
+    assert not torch.equal(*weights)
 
 
 # ---------------------------------------------------------------- a teacher in context
