@@ -254,7 +254,6 @@ def train_loaded(
     )
     record: dict[str, Any] = {
         **settings.to_json(),
-        "local_net": str(local_net or settings.local_net),
         "images": normal.count,
         "teacher": distilled.teacher,
     }

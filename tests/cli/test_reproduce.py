@@ -255,14 +255,15 @@ def test_the_default_preset_of_cifar_is_short(
     monkeypatch.setattr(
         cifar.OneClass, "run", lambda self, plan, *rest: plans.append(plan) or figures
     )
-    call = ["reproduce", "cifar10", root, "--class", "cat", "--local-net", local_net]
+    call = ["reproduce", "cifar10", root, "--class", "cat"]
     run(*call, "-o", tmp_path / "0")
-    run(*call, "-o", tmp_path / "1", "--steps", 7, "--grid", 3)
+    run(*call, "-o", tmp_path / "1", "--steps", 7, "--grid", 3, "--local-net", local_net)
     run(*call, "-o", tmp_path / "2", "--preset", "paper")
     short, changed, paper = (plan.settings.to_json() for plan in plans)
     chosen = {**cifar.SETTING, **cifar.SCHEDULE}
     assert {key: short[key] for key in chosen} == chosen
     assert (changed["steps"], changed["grid"], changed["positions"]) == (7, "3", "3")
+    assert [plan.local_net for plan in plans] == [None, local_net, None]
     assert (paper["steps"], paper["positions"], paper["distortion"]) == (
         200_000,
         "uniform",
