@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from glance_ext.data.images import load_image, resize
 from glance_ext.engine import distill
-from glance_ext.engine.distill import DistilledNet, save_local_net
+from glance_ext.engine.distill import DistilledNet, load_local_net, save_local_net
+from glance_ext.models.glance import Glance
 from glance_ext.models.local_net import Decoder, LocalNet
 from glance_ext.models.teacher import Teacher
 
@@ -89,3 +91,14 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(module, name, wrapped)
 
     return install
+
+
+@pytest.fixture
+def images(pictures: list[Path]) -> torch.Tensor:
+    return torch.stack([resize(load_image(path), (256, 256)) for path in pictures]).half()
+
+
+@pytest.fixture
+def model(local_net_file: Path) -> Glance:
+    torch.manual_seed(0)
+    return Glance(load_local_net(local_net_file).local_net)

@@ -1,7 +1,6 @@
 """Stage 3: sharing and keeping change none of a step's losses and gradients."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,10 @@ import torch
 from torch import Tensor
 
 from glance_ext.data.grid import patch_grid
-from glance_ext.data.images import load_image, resize
 from glance_ext.data.patches import crop_patches
 from glance_ext.data.stains import STAINS, stain
 from glance_ext.engine import joint as module
 from glance_ext.engine import step_patches
-from glance_ext.engine.distill import load_local_net
 from glance_ext.engine.distributed import World
 from glance_ext.engine.joint import joint_stage
 from glance_ext.engine.settings import TrainSettings
@@ -30,17 +27,6 @@ CPU = torch.device("cpu")
 SETTINGS = TrainSettings(
     steps=5, batch_size=6, holes_per_image=3, positions="uniform", stain_uses=1
 )
-
-
-@pytest.fixture
-def images(pictures: list[Path]) -> Tensor:
-    return torch.stack([resize(load_image(path), (256, 256)) for path in pictures]).half()
-
-
-@pytest.fixture
-def model(local_net_file: Path) -> Glance:
-    torch.manual_seed(0)
-    return Glance(load_local_net(local_net_file).local_net)
 
 
 def random(seed: int = 0) -> torch.Generator:
