@@ -42,6 +42,12 @@ def training_options(command: Any) -> Any:
             "is cheaper.",
         ),
         click.option(
+            "--turns/--no-turns",
+            default=None,
+            help="Learn good images turned by quarters and mirrored too, or only as they are, as "
+            "the paper does and as is right where a turned part is a defect.",
+        ),
+        click.option(
             "--stain-uses",
             type=click.IntRange(1),
             help="In how many steps a patch and its stain are used, on average; their Local-Net "
@@ -106,9 +112,10 @@ def training_options(command: Any) -> Any:
         ),
         click.option(
             "--memory-of",
-            type=click.Choice(["teacher", "local"]),
-            help="Keep and compare the teacher's features, as Local-Net's decoder tells them, or "
-            "Local-Net's own.",
+            type=click.Choice(["context", "teacher", "local"]),
+            help="Keep and compare what the first layers of a pretrained network see at a patch in "
+            "its image, the teacher's features as Local-Net's decoder tells them, or Local-Net's "
+            "own.",
         ),
         click.option(
             "--distortion",

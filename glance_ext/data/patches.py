@@ -6,6 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -87,6 +88,44 @@ class Enlarged:
         planes = some.reshape(-1, *some.shape[-2:])
         resized = resize_planes(planes, (self.shape[-2], self.shape[-1]))
         return resized.reshape(*some.shape[:-2], *self.shape[-2:]).clamp_(0, 1)
+
+
+class Turned:
+    """Images turned by quarters and mirrored: each in eight views, made when it is asked for.
+
+    The first N are every image once, in a view that changes from one to the next; the next N show
+    each in another view, and so on. So any number of them from the first on is varied.
+
+    Args:
+        images: ``(N, 3, S, S)``, RGB in [0, 1].
+    """
+
+    VIEWS = 8
+
+    def __init__(self, images: Tensor | Enlarged) -> None:
+        self.images = images
+        self.shape = torch.Size((self.VIEWS * len(images), *images.shape[1:]))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, index: int | slice | Tensor) -> Tensor:
+        """As of a tensor ``(8 N, 3, S, S)``."""
+        if isinstance(index, int):
+            if not 0 <= index < len(self):
+                raise IndexError(f"Turned: expected an index below {len(self)}, got {index}")
+            turn, image = divmod(index, len(self.images))
+            view = (turn + image) % self.VIEWS
+            turned = self.images[image].rot90(view % 4, (-2, -1))
+            return turned.flip(-1) if view >= 4 else turned
+        return torch.stack([self[i] for i in torch.arange(len(self))[index].tolist()])
+
+
+Images: TypeAlias = Tensor | Enlarged | Turned
+"""``(N, 3, H, W)`` float, RGB in [0, 1], in memory or made when they are asked for."""
 
 
 def fingerprint(images: Iterable[Tensor]) -> str:

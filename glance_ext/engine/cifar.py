@@ -28,6 +28,7 @@ SCHEDULE = {
     "steps": 200,
     "batch_size": 16,
     "holes_per_image": 4,
+    "turns": False,
     "stain_uses": 1,
     "distortion": "turn",
     "head_steps": 500,
@@ -145,7 +146,8 @@ def scores(
         local, around = model.grid_features(whole, plan, None if known is None else known.get(i))
         if known is not None:
             known[i] = local
-        mixed = detector.calibration.mix(model.compare(local, around))
+        context = model.context_features(whole, plan.origins)
+        mixed = detector.calibration.mix(model.compare(local, around, context))
         found += [detector.image_score(one) for one in detector.aggregate(mixed).double()]
     return torch.tensor(found, dtype=torch.float64)
 

@@ -143,6 +143,7 @@ class Detector:
             memory_features = int(metadata.get("memory_features", 0))
             if min(memory_size, memory_features) < 0:
                 raise ValueError(f"memory_size {memory_size}, memory_features {memory_features}")
+            memory_context = bool(metadata.get("memory_context", False)) and memory_size > 0
             calibration = Calibration.from_json(metadata["calibration"])
             settings = dict(metadata["settings"])
         except (KeyError, TypeError, ValueError) as error:
@@ -154,6 +155,7 @@ class Detector:
             whiten_over=whiten_over,
             memory_size=memory_size,
             memory_features=memory_features,
+            memory_context=memory_context,
         )
         load_module(model, tensors, "model", file)
         return cls(model, calibration, settings, **options)
@@ -169,6 +171,7 @@ class Detector:
             "whiten_over": "patch" if scale is None else scale.over,
             "memory_size": 0 if memory is None else len(memory),
             "memory_features": 0 if memory is None else memory.taught,
+            "memory_context": self.model.context_net is not None,
             "calibration": self.calibration.to_json(),
             "settings": self.settings,
         }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from glance_ext.data.grid import patch_grid
-from glance_ext.data.patches import Enlarged, crop_from
+from glance_ext.data.patches import Images, crop_from
 from glance_ext.engine.loop import Stage, step_generator
 from glance_ext.engine.settings import TrainSettings
 from glance_ext.engine.step_patches import distorted
@@ -20,12 +20,13 @@ from glance_ext.models.normalisation import normalise
 
 _MOST_IMAGES = 1500
 _MOST_PATCHES = 8192  # whose features are kept, where the grid has more
+_LEAST_PATCHES = 32  # of an image: its features cost a whole pass, however few are kept
 _GROUP = 4  # patches of one image that are then drawn together
 _BATCH = 64  # such groups, or images with all patches of the grid
 
 
 def head_stage(
-    model: Glance, images: Tensor | Enlarged, settings: TrainSettings, device: torch.device
+    model: Glance, images: Images, settings: TrainSettings, device: torch.device
 ) -> Stage:
     """``l_DAD`` alone, on patches of the grid that is scored, each once distorted.
 
@@ -33,7 +34,8 @@ def head_stage(
 
     Args:
         model: Its distortion head is trained in place.
-        images: ``(N, 3, 256, 256)`` normal images, RGB in [0, 1]; the first 1,500 are taken.
+        images: ``(N, 3, 256, 256)`` normal images, RGB in [0, 1]; the first 1,500 are taken, or the
+            first 256 where not all patches of so many are.
         settings: Head steps and learning rate, distortion, stains, grid and seed.
         device: Where to train.
     """
@@ -57,7 +59,7 @@ def head_stage(
 
 @torch.no_grad()
 def _features(
-    model: Glance, images: Tensor | Enlarged, settings: TrainSettings, device: torch.device
+    model: Glance, images: Images, settings: TrainSettings, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Local features of patches as they are and distorted, and global ones, ``(N, P, n)`` each.
 
@@ -67,6 +69,8 @@ def _features(
     grid = patch_grid(settings.grid, image_size=model.view_size)
     plan = model.plan(grid.starts, grid.starts, device=device)
     count = min(len(images), _MOST_IMAGES)
+    if count * len(grid) > _MOST_PATCHES and len(grid) > _LEAST_PATCHES:
+        count = min(count, _MOST_PATCHES // _LEAST_PATCHES)
     groups = max(1, _MOST_PATCHES // count // _GROUP)
     drawn = groups * _GROUP < len(grid)
     parts = []

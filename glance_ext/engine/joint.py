@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glance_ext.data.patches import Enlarged
+from glance_ext.data.patches import Images
 from glance_ext.engine.distributed import World
 from glance_ext.engine.loop import Stage
 from glance_ext.engine.settings import TrainSettings
@@ -25,7 +25,7 @@ from glance_ext.models.normalisation import normalise
 
 def joint_stage(
     model: Glance,
-    images: Tensor | Enlarged,
+    images: Images,
     settings: TrainSettings,
     device: torch.device,
     world: World | None = None,

@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from glance_ext.data.grid import patch_grid
+from glance_ext.engine.checkpoint import load_checkpoint, load_module
 from glance_ext.engine.loop import step_generator
+from glance_ext.models.context_net import ContextNet
 from glance_ext.models.glance import PATCH_SIZE, Glance
 from glance_ext.models.normalisation import normalise
 
+CONTEXT_NET_KIND = "context_net"
 _CANDIDATES = 40_000  # patches that the coreset is chosen from
+
+
+def packaged_context_net() -> Path:
+    """The pretrained weights in the package; ``benchmarks/make_context_net.py`` made them."""
+    return Path(__file__).resolve().parent.parent / "weights" / "context_net.safetensors"
+
+
+def load_context_net(net: ContextNet) -> None:
+    """Loads the packaged weights.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    path = packaged_context_net()
+    tensors, _ = load_checkpoint(path, CONTEXT_NET_KIND)
+    load_module(net, tensors, "context_net", path)
 
 
 @torch.no_grad()
@@ -36,14 +56,17 @@ def fit_memory(
         device: Where to compute.
     """
     assert model.memory is not None
-    starts = patch_grid(grid, image_size=model.view_size).starts
+    patches = patch_grid(grid, image_size=model.view_size)
     model.to(device).eval()
-    plan = model.local_net.plan(starts, starts, PATCH_SIZE)
+    plan = model.local_net.plan(patches.starts, patches.starts, PATCH_SIZE)
     share = max(1, _CANDIDATES // count)
     candidates = []
     for index, image in enumerate(images):
-        view = model.local_view(normalise(image[None].float().to(device)))
-        features = model.local_net.dense(view, plan)[0]
+        whole = image[None].float().to(device)
+        found = model.context_features(whole, patches.origins)
+        if found is None:
+            found = model.local_net.dense(model.local_view(normalise(whole)), plan)
+        features = found[0]
         drawn = torch.randperm(len(features), generator=step_generator(seed, "memory", index))
         candidates.append(features[drawn[:share].to(device)])
     model.memory.fit(torch.cat(candidates), step_generator(seed, "coreset", 0))

@@ -16,7 +16,7 @@ IMAGE_SCORES = ("max", "contrast", "mean")
 DISTORTIONS = ("stain", "turn")
 WHITEN_OVER = ("patch", "image")
 LOCAL_NETS = ("fine", "deep")
-MEMORY_OF = ("teacher", "local")
+MEMORY_OF = ("context", "teacher", "local")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class TrainSettings:
         positions: Where the patches of stage 3 may lie: ``"uniform"`` for anywhere, as in the
             paper; or a stride for those of that grid, whose Local-Net features are then computed
             densely, once an image, if that is less work than one pass a patch.
+        turns: Whether normal images are learnt in all eight views that quarter turns and mirroring
+            give; the paper learns them as they are.
         stain_uses: How often a patch of stage 3 is used, on average. From 2 on, steps draw from a
             pool of patches, each stained once, whose Local-Net features are computed once; so there
             are as many times fewer patches as they are used. 1 draws and stains each step's patches
@@ -63,11 +65,12 @@ class TrainSettings:
             of the difference as it is.
         whiten_over: Whether that is each patch's difference, ``"patch"``, or the mean difference of
             all patches of an image, ``"image"``.
-        memory_size: Local features of normal patches that are kept, and how far a patch is from
-            the nearest of them is part of its score; 0 for none, as in the paper.
+        memory_size: Features of normal patches that are kept, and how far a patch is from the
+            nearest of them is part of its score; 0 for none, as in the paper.
         memory_share: Share of that in a patch's score.
-        memory_of: What is kept and compared: ``"teacher"`` for the teacher's features as
-            Local-Net's decoder tells them, ``"local"`` for Local-Net's own.
+        memory_of: What is kept and compared: ``"context"`` for what the first layers of a
+            pretrained network see at a patch in its image, ``"teacher"`` for the teacher's features
+            as Local-Net's decoder tells them, ``"local"`` for Local-Net's own.
         image_score: What of its map an image's score is: ``"max"``, ``"contrast"`` for the
             greatest value above the map's median, or ``"mean"``.
         aggregation: How patches become a map; see ``aggregate_patch_scores``.
@@ -92,6 +95,7 @@ class TrainSettings:
     batch_size: int = 32
     holes_per_image: int = 8
     positions: str = "4"
+    turns: bool = True
     stain_uses: int = 4
     global_learning_rate: float = 1e-3
     head_learning_rate: float = 1e-3
@@ -106,7 +110,7 @@ class TrainSettings:
     whiten_over: str = "patch"
     memory_size: int = 2000
     memory_share: float = 0.5
-    memory_of: str = "teacher"
+    memory_of: str = "context"
     image_score: str = "max"
     aggregation: str = "gaussian"
     grid: str = "4"
@@ -147,6 +151,11 @@ class TrainSettings:
         if self.distortion not in DISTORTIONS:
             raise GlanceError(
                 f"distortion: expected one of {', '.join(DISTORTIONS)}, got {self.distortion!r}"
+            )
+        if self.turns and self.distortion == "turn":
+            raise GlanceError(
+                "turns: expected none with the distortion 'turn', which tells turned patches from "
+                "good ones"
             )
         if self.head_steps < 0:
             raise GlanceError(f"head steps: expected at least 0, got {self.head_steps}")
@@ -212,6 +221,7 @@ PRESETS: dict[str, TrainSettings] = {
         batch_size=64,
         holes_per_image=1,
         positions="uniform",
+        turns=False,
         stain_uses=1,
         global_learning_rate=1e-4,
         head_learning_rate=1e-5,
@@ -233,13 +243,18 @@ def preset(name: str, **changes: Any) -> TrainSettings:
 
     Where the grid has patches that training would never see, and no positions are named, training
     sees patches anywhere: Global-Net answers badly for holes at alignments that it never met.
+    Where the distortion head learns to tell turned patches, images are not turned, unless that is
+    asked for.
 
     Raises:
         GlanceError: The name is unknown or a value means nothing.
     """
     if name not in PRESETS:
         raise GlanceError(f"preset: expected one of {', '.join(PRESETS)}, got {name!r}")
-    settings = replace(PRESETS[name], **{k: v for k, v in changes.items() if v is not None})
+    changes = {k: v for k, v in changes.items() if v is not None}
+    if changes.get("distortion") == "turn":
+        changes.setdefault("turns", False)
+    settings = replace(PRESETS[name], **changes)
     if changes.get("positions") is None and not learnt(settings.grid, settings.positions):
         return replace(settings, positions="uniform")
     return settings

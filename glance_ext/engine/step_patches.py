@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from glance_ext.data.grid import PatchGrid, patch_grid
-from glance_ext.data.patches import Enlarged, crop_from, sample_positions
+from glance_ext.data.patches import Images, crop_from, sample_positions
 from glance_ext.data.stains import STAINS, stain, turn
 from glance_ext.engine.distributed import World
 from glance_ext.engine.loop import step_generator
@@ -175,7 +175,7 @@ class StepPatches:
     def __init__(
         self,
         model: Glance,
-        images: Tensor | Enlarged,
+        images: Images,
         settings: TrainSettings,
         device: torch.device,
         dtype: torch.dtype,
@@ -215,7 +215,7 @@ class FreshPatches(StepPatches):
     def __init__(
         self,
         model: Glance,
-        images: Tensor | Enlarged,
+        images: Images,
         settings: TrainSettings,
         device: torch.device,
         dtype: torch.dtype,
@@ -277,7 +277,7 @@ class KeptPatches(StepPatches):
     def __init__(
         self,
         model: Glance,
-        images: Tensor | Enlarged,
+        images: Images,
         settings: TrainSettings,
         device: torch.device,
         dtype: torch.dtype,

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from glance_ext.data.datasets import split_held_out
 from glance_ext.data.images import load_image, resize
-from glance_ext.data.patches import Enlarged, fingerprint, load_training_images
+from glance_ext.data.patches import Enlarged, Images, Turned, fingerprint, load_training_images
 from glance_ext.engine.detector import MODEL_FILE, Detector, calibrate
 from glance_ext.engine.distill import (
     DistilledNet,
@@ -26,7 +26,7 @@ from glance_ext.engine.distributed import World
 from glance_ext.engine.head import head_stage
 from glance_ext.engine.joint import joint_stage
 from glance_ext.engine.loop import History, Trainer
-from glance_ext.engine.memory import fit_memory
+from glance_ext.engine.memory import fit_memory, load_context_net
 from glance_ext.engine.residuals import fit_residual_scale
 from glance_ext.engine.settings import TrainSettings
 from glance_ext.engine.windows import load_windows, read, usable
@@ -178,7 +178,10 @@ def train_loaded(
         whiten_over=settings.whiten_over,
         memory_size=settings.memory_size,
         memory_features=len(distilled.teacher_mean) if settings.memory_of == "teacher" else 0,
+        memory_context=settings.memory_size > 0 and settings.memory_of == "context",
     ).to(device)
+    if model.context_net is not None:
+        load_context_net(model.context_net)
     distilled.decoder.to(device)
     trainer = Trainer(
         state_file,
@@ -198,13 +201,14 @@ def train_loaded(
     if settings.fine_tune_steps:
         _fine_tune(trainer, distilled, images, settings, teacher_weights, device)
         trainer.restore_modules({"local_net": model.local_net})
-    trainer.run(joint_stage(model, images, settings, device, world))
+    views: Images = Turned(images) if settings.turns else images
+    trainer.run(joint_stage(model, views, settings, device, world))
     trainer.restore_modules({"model": model})
     if settings.head_steps:
-        trainer.run(head_stage(model, images, settings, device))
+        trainer.run(head_stage(model, views, settings, device))
         trainer.restore_modules({"model": model})
 
-    def with_progress(some: Sequence[Tensor | Path] | Enlarged, what: str) -> Iterator[Tensor]:
+    def with_progress(some: Sequence[Tensor | Path] | Images, what: str) -> Iterator[Tensor]:
         bar = tqdm(
             some,
             desc=what,
@@ -229,11 +233,12 @@ def train_loaded(
             model.memory.learn_decoder(
                 distilled.decoder, distilled.teacher_mean, distilled.teacher_std
             )
-        some = [images[i] for i in _spread(len(images), _MEMORY_IMAGES)]
+        kept = images[torch.tensor(_spread(len(images), _MEMORY_IMAGES))]
+        shown: Images = Turned(kept) if settings.turns else kept
         fit_memory(
             model,
-            with_progress(some, "memory"),
-            count=len(some),
+            with_progress(shown, "memory"),
+            count=len(shown),
             grid=settings.grid,
             seed=settings.seed,
             device=device,

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glance_ext.data.patches import crop_patches
+from glance_ext.models.context_net import ContextNet
 from glance_ext.models.global_net import GlobalNet, hole_masks
 from glance_ext.models.heads import DistortionHead, ResidualScale, distortion, inconsistency
 from glance_ext.models.local_net import LocalNet
@@ -48,10 +49,12 @@ class GridPlan:
     Attributes:
         local: How the patches share Local-Net's convolutions.
         holes: How the holes share Global-Net's.
+        origins: ``(P, 2)``, the patches' first pixels as Local-Net sees them.
     """
 
     local: LocalPlan
     holes: HolePlan
+    origins: Tensor
 
     def __len__(self) -> int:
         return len(self.local)
@@ -74,6 +77,8 @@ class Glance(nn.Module):
             and no such score.
         memory_features: t, the length of the teacher's feature that they are decoded to; 0 to keep
             Local-Net's own.
+        memory_context: Whether they are a :class:`~glance_ext.models.context_net.ContextNet`'s
+            instead, whose weights are still to be loaded.
     """
 
     def __init__(
@@ -87,7 +92,10 @@ class Glance(nn.Module):
         whiten_over: str = "patch",
         memory_size: int = 0,
         memory_features: int = 0,
+        memory_context: bool = False,
     ) -> None:
+        if memory_context and not memory_size:
+            raise ValueError("Glance: expected a memory_size above 0 with memory_context, got 0")
         super().__init__()
         self.patch_scale = patch_scale
         self.local_net = local_net
@@ -95,8 +103,10 @@ class Glance(nn.Module):
         self.distortion_head = distortion_head or DistortionHead(local_net.features)
         self.residual_scale = ResidualScale(local_net.features, whiten_over) if whiten else None
         self.memory = None
+        self.context_net = ContextNet() if memory_context else None
         if memory_size:
-            self.memory = FeatureMemory(memory_size, local_net.features, memory_features)
+            features = ContextNet.FEATURES if memory_context else local_net.features
+            self.memory = FeatureMemory(memory_size, features, memory_features)
 
     @property
     def view_size(self) -> int:
@@ -123,7 +133,11 @@ class Glance(nn.Module):
             Scores ``(B,)``.
         """
         local_features, global_features = self.patch_features(images, origins)
-        scores = self.compare(local_features[:, None], global_features[:, None])
+        scores = self.compare(
+            local_features[:, None],
+            global_features[:, None],
+            self.context_features(images, origins[:, None]),
+        )
         return HeadScores(
             scores.inconsistency[:, 0],
             scores.distortion[:, 0],
@@ -138,15 +152,48 @@ class Glance(nn.Module):
         masks = hole_masks(origins * self.patch_scale, self.hole_size, IMAGE_SIZE)
         return local_features, self.global_net(images, masks)
 
-    def compare(self, local_features: Tensor, global_features: Tensor) -> HeadScores:
-        """Scores ``(N, P)`` from features ``(N, P, n)`` of both kinds, P patches of each image."""
+    def context_features(self, images: Tensor, origins: Tensor) -> Tensor | None:
+        """What the memory compares of patches of each image, if that is not ``Z_l``.
+
+        Args:
+            images: ``(N, 3, 256, 256)``, RGB in [0, 1].
+            origins: ``(P, 2)``, in every image, or ``(N, P, 2)``.
+
+        Returns:
+            ``(N, P, 192)``, or None where the model has no ``context_net``.
+        """
+        if self.context_net is None:
+            return None
+        view = self.local_view(normalise(images)).to(self.context_net.stem.weight.dtype)
+        return self.context_net.patch_features(view, origins)
+
+    def compare(
+        self,
+        local_features: Tensor,
+        global_features: Tensor,
+        context_features: Tensor | None = None,
+    ) -> HeadScores:
+        """Scores ``(N, P)`` from features ``(N, P, n)`` of both kinds, P patches of each image.
+
+        A model with a ``context_net`` needs its features too: :meth:`context_features`.
+
+        Raises:
+            ValueError: It does not get them.
+        """
+        compared = local_features
+        if self.context_net is not None:
+            if context_features is None:
+                raise ValueError(
+                    "Glance.compare: expected context_features for the context_net, got none"
+                )
+            compared = context_features
         log_odds = self.distortion_head(local_features, global_features)
         difference = inconsistency if self.residual_scale is None else self.residual_scale
         return HeadScores(
             difference(local_features, global_features),
             distortion(log_odds),
             -log_odds,
-            None if self.memory is None else self.memory(local_features),
+            None if self.memory is None else self.memory(compared),
         )
 
     def plan(
@@ -170,6 +217,7 @@ class Glance(nn.Module):
         return GridPlan(
             self.local_net.plan(row_starts, column_starts, PATCH_SIZE),
             self.plan_holes(origins, device=device, dtype=dtype),
+            origins.to(device),
         )
 
     def plan_holes(
@@ -198,7 +246,9 @@ class Glance(nn.Module):
         Returns:
             Scores ``(N, P)``, the grid's patches row by row.
         """
-        return self.compare(*self.grid_features(images, plan))
+        return self.compare(
+            *self.grid_features(images, plan), self.context_features(images, plan.origins)
+        )
 
     @torch.no_grad()
     def grid_features(
@@ -250,4 +300,4 @@ class Glance(nn.Module):
         local_features, global_features = (
             torch.cat(features).reshape(shape) for features in zip(*parts, strict=True)
         )
-        return self.compare(local_features, global_features)
+        return self.compare(local_features, global_features, self.context_features(images, origins))

@@ -53,12 +53,13 @@ def test_the_same_seed_gives_the_same_file(
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "setting"),
+    ("options", "setting", "value"),
     [
-        ("--holes-per-image", "1", 1),
-        ("--stain-uses", "1", 1),
-        ("--positions", "33", "33"),
-        ("--precision", "bfloat16", "bfloat16"),
+        (["--holes-per-image", "1"], "holes_per_image", 1),
+        (["--stain-uses", "1"], "stain_uses", 1),
+        (["--positions", "33"], "positions", "33"),
+        (["--precision", "bfloat16"], "precision", "bfloat16"),
+        (["--no-turns"], "turns", False),
     ],
 )
 def test_how_patches_are_drawn_is_a_setting_that_changes_the_losses(
@@ -67,15 +68,15 @@ def test_how_patches_are_drawn_is_a_setting_that_changes_the_losses(
     good: Path,
     short: list[object],
     tmp_path: Path,
-    option: str,
-    value: str,
-    setting: object,
+    options: list[str],
+    setting: str,
+    value: object,
 ) -> None:
     json_file = tmp_path / "train.json"
-    more = [option, value, "--json", json_file]
+    more = [*options, "--json", json_file]
     assert run("train", "--normal", good, "-o", tmp_path / "out", *short, *more).exit_code == 0
     content = json.loads(json_file.read_text())
-    assert content["metadata"]["settings"][option[2:].replace("-", "_")] == setting
+    assert content["metadata"]["settings"][setting] == value
     assert content["losses"] != json.loads((model / "train.json").read_text())["losses"]
 
 

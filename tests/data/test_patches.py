@@ -7,6 +7,8 @@ from PIL import Image
 
 from glance_ext.data.images import load_image, resize
 from glance_ext.data.patches import (
+    Enlarged,
+    Turned,
     crop_patches,
     fingerprint,
     load_mixed_images,
@@ -29,6 +31,36 @@ def write(path: Path, height: int, width: int, seed: int = 0) -> Path:
 
 
 # ---------------------------------------------------------------- images in memory
+
+
+def test_turned_images_are_every_image_in_every_view_once() -> None:
+    images = torch.rand(3, 3, 6, 6, generator=generator())
+    turned = Turned(images)
+    assert (len(turned), turned.shape) == (24, (24, 3, 6, 6))
+    views = {
+        (i, k, flip): (image.flip(-2) if flip else image).rot90(k, (-2, -1))
+        for i, image in enumerate(images)
+        for k in range(4)
+        for flip in (False, True)
+    }
+    found = [next(name for name, v in views.items() if torch.equal(v, one)) for one in turned]
+    assert set(found) == set(views)
+    for first in range(0, 24, 3):  # each image once before any comes again, in other views
+        some = found[first : first + 3]
+        assert [i for i, _, _ in some] == [0, 1, 2]
+        assert len({(k, flip) for _, k, flip in some}) == 3
+
+
+@pytest.mark.parametrize("kind", ["tensor", "enlarged"])
+def test_turned_images_are_indexed_as_a_tensor_is(kind: str) -> None:
+    small = torch.randint(0, 256, (3, 3, 6, 6), generator=generator()).to(torch.uint8)
+    turned = Turned(Enlarged(small, (12, 12)) if kind == "enlarged" else small)
+    whole = torch.stack(list(turned))
+    assert torch.equal(turned[2:9], whole[2:9])
+    assert torch.equal(turned[torch.tensor([23, 0, 7])], whole[[23, 0, 7]])
+    assert torch.equal(turned[:], whole)
+    with pytest.raises(IndexError, match="Turned: expected an index below 24, got 24"):
+        turned[24]
 
 
 def test_the_cache_is_finer_than_8_bits(tmp_path: Path) -> None:

@@ -23,7 +23,14 @@ from glance_ext.models.normalisation import normalise
 
 CPU = torch.device("cpu")
 SETTINGS = TrainSettings(
-    steps=2, batch_size=4, positions="9", grid="9", patch_scale=6, distortion="turn", head_steps=6
+    steps=2,
+    batch_size=4,
+    positions="9",
+    grid="9",
+    patch_scale=6,
+    turns=False,
+    distortion="turn",
+    head_steps=6,
 )
 
 
@@ -86,6 +93,7 @@ def test_of_a_fine_grid_it_learns_from_some_patches_of_every_image(
 ) -> None:
     monkeypatch.setattr(module, "_MOST_IMAGES", 9)
     monkeypatch.setattr(module, "_MOST_PATCHES", 80)  # 8 of each image
+    monkeypatch.setattr(module, "_LEAST_PATCHES", 8)
     real, seen = module.distorted, []
 
     def spy(patches: Tensor, given: TrainSettings, generator: torch.Generator) -> Tensor:
@@ -104,6 +112,26 @@ def test_of_a_fine_grid_it_learns_from_some_patches_of_every_image(
     torch.testing.assert_close(clean, expected, rtol=1e-3, atol=1e-4)
     groups = {tuple(group) for group in patches.flatten(1)[:, 0].reshape(9, 8).tolist()}
     assert len(groups) == 9  # not the same places' pixels again
+
+
+@pytest.mark.parametrize(("grid", "count"), [("2", 5), ("9", 9)])
+def test_where_not_all_patches_are_kept_fewer_images_are_described(
+    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch, grid: str, count: int
+) -> None:
+    """Of 36 patches of a fine grid at least 16; of four, all."""
+    monkeypatch.setattr(module, "_MOST_IMAGES", 9)
+    monkeypatch.setattr(module, "_MOST_PATCHES", 80)
+    monkeypatch.setattr(module, "_LEAST_PATCHES", 16)
+    real, seen = Glance.grid_features, []
+
+    def spy(self: Glance, some: Tensor, plan: object) -> tuple[Tensor, Tensor]:
+        seen.append(len(some))
+        return real(self, some, plan)
+
+    monkeypatch.setattr(Glance, "grid_features", spy)
+    clean, _, _ = module._features(model, images, replace(SETTINGS, grid=grid), CPU)
+    assert sum(seen) == count
+    assert clean.shape[:2] == ((5 * 4, 4) if grid == "2" else (9, 4))
 
 
 def test_distorted_patches_are_the_negatives(

@@ -148,7 +148,9 @@ def test_the_distortion_may_be_a_turn(
     )
     heads: list[Any] = []
     model.distortion_head.register_forward_hook(lambda _, args, __: heads.append(args[0]))
-    joint_stage(model, images, replace(SETTINGS, distortion="turn"), CPU).step(random())
+    joint_stage(model, images, replace(SETTINGS, distortion="turn", turns=False), CPU).step(
+        random()
+    )
     assert len(seen) == 1
     clean, other = heads[0].chunk(2)
     assert torch.equal(clean, other)  # as the stub has turned nothing

@@ -6,25 +6,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from glance_ext.data.grid import patch_grid
+from glance_ext.data.images import load_image
+from glance_ext.engine.checkpoint import load_checkpoint
 from glance_ext.engine.detector import MODEL_FILE, Detector
 from glance_ext.engine.distill import load_local_net
-from glance_ext.engine.memory import fit_memory
+from glance_ext.engine.memory import fit_memory, load_context_net, packaged_context_net
 from glance_ext.engine.settings import TrainSettings, preset
 from glance_ext.engine.train import train
 from glance_ext.errors import GlanceError
+from glance_ext.models.context_net import ContextNet
 from glance_ext.models.glance import Glance
 from glance_ext.models.local_net import LocalNet
+from glance_ext.models.normalisation import normalise
 from tests.engine import test_detector
 
 RAW = replace(test_detector.RAW, grid="33")
 
 
-@pytest.fixture(scope="module")
-def filled() -> tuple[Glance, list[torch.Tensor]]:
+@pytest.fixture(scope="module", params=[False, True], ids=["local", "context"])
+def filled(request: pytest.FixtureRequest) -> tuple[Glance, list[torch.Tensor]]:
     torch.manual_seed(0)
-    model = Glance(LocalNet(5, 4), memory_size=500)
+    model = Glance(LocalNet(5, 4), memory_size=500, memory_context=request.param)
+    if request.param:
+        load_context_net(model.context_net)
     images = [torch.rand(3, 256, 256) for _ in range(3)]
     fit_memory(model, iter(images), count=3, grid="33", seed=0, device=torch.device("cpu"))
     return model, images
@@ -66,7 +73,7 @@ def test_memory_is_the_same_for_a_seed_and_differs_between_seeds() -> None:
     assert not torch.equal(kept[0], kept[2])
 
 
-@pytest.mark.parametrize("of", ["teacher", "local"])
+@pytest.mark.parametrize("of", ["context", "teacher", "local"])
 def test_training_fills_it_and_the_detector_keeps_it(
     tmp_path: Path, pictures: list[Path], local_net_file: Path, of: str
 ) -> None:
@@ -94,7 +101,13 @@ def test_training_fills_it_and_the_detector_keeps_it(
         taught = net.decoder.linear.weight * net.teacher_std[:, None]
         torch.testing.assert_close(detector.model.memory.decoder.weight, taught)
         assert detector.model.memory.kept.shape[1] == len(net.teacher_mean)
+    elif of == "context":
+        packaged, _ = load_checkpoint(packaged_context_net(), "context_net")
+        for name, tensor in detector.model.context_net.state_dict().items():
+            assert torch.equal(tensor, packaged[f"context_net.{name}"])
+        assert detector.model.memory.kept.shape[1] == ContextNet.FEATURES
     else:
+        assert detector.model.context_net is None
         assert detector.model.memory.decoder is None
         assert detector.model.memory.kept.shape[1] == net.local_net.features
     assert float(detector.model.memory.kept.norm(dim=1).min()) == pytest.approx(1, abs=1e-5)
@@ -106,6 +119,44 @@ def test_training_fills_it_and_the_detector_keeps_it(
     without = replace(calibration, novelty=None).mix(scores)
     torch.testing.assert_close(calibration.mix(scores), 0.75 * novel + 0.25 * without)
     assert not torch.allclose(calibration.mix(scores), without)
+
+
+@pytest.mark.parametrize("patch_scale", [1, 6])
+def test_context_is_that_of_the_view_that_local_net_has(patch_scale: int) -> None:
+    net = LocalNet(5, 4)
+    model = Glance(net, patch_scale=patch_scale, memory_size=3, memory_context=True)
+    load_context_net(model.context_net)
+    image, origins = torch.rand(1, 3, 256, 256), torch.tensor([[0, 0], [9, 4]])
+    view = normalise(F.avg_pool2d(image, patch_scale))
+    expected = model.context_net.patch_features(view, origins)
+    torch.testing.assert_close(
+        model.context_features(image, origins), expected, atol=1e-4, rtol=1e-4
+    )
+
+
+def test_a_turned_image_is_as_known_as_the_image(
+    tmp_path: Path, pictures: list[Path], local_net_file: Path
+) -> None:
+    """Their own waves are longer down than across: turned, they are new to a memory of them."""
+    found = {}
+    for turns in (True, False):
+        settings = TrainSettings(steps=1, batch_size=4, grid="33", turns=turns, positions="33")
+        detector = train(
+            pictures,
+            settings,
+            output=tmp_path / str(turns),
+            local_net=local_net_file,
+            show_progress=False,
+        ).detector
+        image = detector.prepare(load_image(pictures[0]))
+        found[turns] = [
+            float(detector.score_patches(view[None]).novelty.mean())
+            for view in (image, image.rot90(1, (1, 2)))
+        ]
+    straight, turned = found[True]
+    assert turned < 1.2 * straight
+    straight, turned = found[False]
+    assert turned > 1.5 * straight
 
 
 def test_a_raw_mix_takes_no_memory() -> None:

@@ -18,7 +18,7 @@ def test_the_papers_preset_has_the_papers_numbers() -> None:
     assert not paper.standardise
     assert (paper.stains, paper.aggregation) == ("small", "mean")
     assert not paper.whiten
-    assert (paper.memory_size, paper.surprisal) == (0, False)
+    assert (paper.memory_size, paper.surprisal, paper.turns) == (0, False, False)
     assert (paper.patch_scale, paper.distortion, paper.head_steps) == (1, "stain", 0)
 
 
@@ -31,6 +31,14 @@ def test_training_sees_every_patch_of_the_grid_unless_positions_are_named() -> N
     assert learnt("paper", "uniform")
     assert learnt("16", "4")
     assert not learnt("5", "4")
+
+
+def test_images_are_not_turned_where_turned_patches_are_to_be_told() -> None:
+    assert preset("default").turns
+    assert not preset("default", turns=False).turns
+    assert not preset("default", distortion="turn").turns
+    with pytest.raises(GlanceError, match="turns: expected none with the distortion 'turn'"):
+        preset("default", distortion="turn", turns=True)
 
 
 def test_changes_that_are_none_change_nothing() -> None:
@@ -51,7 +59,7 @@ def test_changes_that_are_none_change_nothing() -> None:
         ({"fine_tune_batch_size": 1}, "batch size"),
         ({"precision": "float16"}, "precision: expected one of float32, bfloat16, got 'float16'"),
         ({"local_net": "wide"}, "local net: expected one of fine, deep, got 'wide'"),
-        ({"memory_of": "image"}, "memory of: expected one of teacher, local, got 'image'"),
+        ({"memory_of": "image"}, "memory of: expected one of context, teacher, local, got 'image'"),
         ({"stain_uses": 0}, "stain uses: expected at least 1, got 0"),
         ({"holes_per_image": 0}, "holes per image: expected at least 1, got 0"),
         (

@@ -26,7 +26,7 @@ from glance_ext.errors import (
 )
 from glance_ext.models.glance import Glance
 
-SETTINGS = TrainSettings(steps=5, batch_size=3, grid="33")
+SETTINGS = TrainSettings(steps=5, batch_size=3, grid="33", turns=False)
 FINE_TUNE = replace(SETTINGS, steps=2, fine_tune_steps=5, fine_tune_batch_size=4)
 
 
