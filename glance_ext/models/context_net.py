@@ -33,7 +33,8 @@ class ContextNet(nn.Module):
     and read at the patch's centre, between cells bilinearly. Not in the paper.
     """
 
-    FEATURES = 64 + 128
+    LAYERS = (64, 128)
+    FEATURES = sum(LAYERS)
     STRIDES = (4, 8)
 
     def __init__(self) -> None:

@@ -94,8 +94,11 @@ class Glance(nn.Module):
         memory_features: int = 0,
         memory_context: bool = False,
     ) -> None:
-        if memory_context and not memory_size:
-            raise ValueError("Glance: expected a memory_size above 0 with memory_context, got 0")
+        if memory_context and (memory_features or not memory_size):
+            raise ValueError(
+                "Glance: expected a memory_size above 0 and memory_features of 0 with "
+                f"memory_context, got {memory_size} and {memory_features}"
+            )
         super().__init__()
         self.patch_scale = patch_scale
         self.local_net = local_net
@@ -104,9 +107,10 @@ class Glance(nn.Module):
         self.residual_scale = ResidualScale(local_net.features, whiten_over) if whiten else None
         self.memory = None
         self.context_net = ContextNet() if memory_context else None
-        if memory_size:
-            features = ContextNet.FEATURES if memory_context else local_net.features
-            self.memory = FeatureMemory(memory_size, features, memory_features)
+        if memory_context:
+            self.memory = FeatureMemory(memory_size, ContextNet.FEATURES, layers=ContextNet.LAYERS)
+        elif memory_size:
+            self.memory = FeatureMemory(memory_size, local_net.features, memory_features)
 
     @property
     def view_size(self) -> int:

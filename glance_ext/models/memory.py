@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ _PROJECTED = 32  # dimensions in which a coreset is chosen
 
 
 class FeatureMemory(nn.Module):
-    """Local features of normal patches, and how far another one is from the nearest of them.
+    """Features of normal patches, and how far another one is from the nearest of them.
 
     The inconsistency tells a patch that does not fit its surroundings, the distortion head one
     that resembles its stains. A patch that resembles nothing seen in training is neither, if its
@@ -21,23 +23,30 @@ class FeatureMemory(nn.Module):
     al., CVPR 2022).
 
     Features are compared by their direction, each channel scaled by its spread over normal patches:
-    their length says how strong a patch's texture is, which light and focus change. What is
-    compared is the teacher's feature, as the decoder tells it from ``Z_l``: distillation makes the
-    channels of ``Z_l`` alike in variance, and so lets what the teacher hardly speaks of count as
-    much as what it speaks of most.
+    their length says how strong a patch's texture is, which light and focus change. Where a feature
+    is of several layers, each layer's part has its own direction, so that none counts for more
+    because it is longer or varies more.
+
+    Rather than ``Z_l`` itself it can compare the teacher's feature, as the decoder tells it from
+    ``Z_l``: distillation makes the channels of ``Z_l`` alike in variance, and so lets what the
+    teacher hardly speaks of count as much as what it speaks of most.
 
     Args:
         size: How many features are kept.
-        features: n, the length of ``Z_l``.
-        taught: t, the length of the teacher's feature; 0 to compare ``Z_l`` itself.
+        features: n, the length of a feature.
+        taught: t, the length of the teacher's feature; 0 to compare features as they come.
+        layers: Lengths of the parts that layers have in what is compared; one part by default.
     """
 
     kept: Tensor
     spread: Tensor
 
-    def __init__(self, size: int, features: int = 128, taught: int = 0) -> None:
+    def __init__(
+        self, size: int, features: int = 128, taught: int = 0, layers: Sequence[int] = ()
+    ) -> None:
         super().__init__()
         self.taught = taught
+        self.layers = list(layers) or [taught or features]
         self.decoder = nn.Linear(features, taught).requires_grad_(False) if taught else None
         self.register_buffer("kept", torch.zeros(size, taught or features))
         self.register_buffer("spread", torch.ones(taught or features))
@@ -45,15 +54,15 @@ class FeatureMemory(nn.Module):
     def __len__(self) -> int:
         return len(self.kept)
 
-    def forward(self, local_features: Tensor) -> Tensor:
-        """Novelty ``min_m ||d(Z_l) - d(Z_m)||_2`` of patches, ``(N, P)`` from ``(N, P, n)``.
+    def forward(self, features: Tensor) -> Tensor:
+        """Novelty ``min_m ||d(Z) - d(Z_m)||_2`` of patches, ``(N, P)`` from ``(N, P, n)``.
 
         ``d`` is the direction of a decoded and scaled feature, so that this is from 0 to 2.
         """
-        directions = self.directions(self.decoded(local_features.flatten(0, -2)))
+        directions = self.directions(self.decoded(features.flatten(0, -2)))
         chunk = max(1, _CHUNK // len(self.kept))
         alike = torch.cat([(some @ self.kept.T).amax(1) for some in directions.split(chunk)])
-        return (2 - 2 * alike).clamp_min(0).sqrt().reshape(local_features.shape[:-1])
+        return (2 - 2 * alike).clamp_min(0).sqrt().reshape(features.shape[:-1])
 
     @torch.no_grad()
     def learn_decoder(self, decoder: Decoder, mean: Tensor, std: Tensor) -> None:
@@ -63,20 +72,24 @@ class FeatureMemory(nn.Module):
         self.decoder.weight.copy_(std.to(linear.weight)[:, None] * linear.weight)
         self.decoder.bias.copy_(std.to(linear.bias) * linear.bias + mean.to(linear.bias))
 
-    def decoded(self, local_features: Tensor) -> Tensor:
-        """What is compared, from ``Z_l`` ``(M, n)``."""
-        return local_features if self.decoder is None else self.decoder(local_features)
+    def decoded(self, features: Tensor) -> Tensor:
+        """What is compared, from features ``(M, n)``."""
+        return features if self.decoder is None else self.decoder(features)
 
     def directions(self, features: Tensor) -> Tensor:
-        """Features ``(M, t)`` scaled to the spread of each channel, and then to unit length."""
-        return F.normalize(features / self.spread, dim=-1)
+        """Features ``(M, t)`` scaled to the spread of each channel, and then to unit length.
+
+        Each layer's part to its share of it.
+        """
+        parts = (features / self.spread).split(self.layers, -1)
+        return torch.cat([F.normalize(part, dim=-1) for part in parts], -1) / len(parts) ** 0.5
 
     @torch.no_grad()
     def fit(self, features: Tensor, generator: torch.Generator) -> None:
         """Keeps the directions of a coreset of ``features``, or of all if they are fewer.
 
         Args:
-            features: ``Z_l`` of normal patches, ``(M, n)``.
+            features: Of normal patches, ``(M, n)``.
             generator: Of the projection in which it is chosen.
 
         Raises:

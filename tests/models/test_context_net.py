@@ -128,10 +128,12 @@ def test_features_are_wide_whatever_the_network_computes_in(net: ContextNet) -> 
 
 
 def test_a_model_asks_for_what_its_memory_compares() -> None:
-    with pytest.raises(ValueError, match="expected a memory_size above 0 with memory_context"):
-        Glance(LocalNet(5, 4), memory_context=True)
+    for wrong in ({}, {"memory_size": 3, "memory_features": 9}):
+        with pytest.raises(ValueError, match="expected a memory_size above 0 and memory_features"):
+            Glance(LocalNet(5, 4), memory_context=True, **wrong)
     model = Glance(LocalNet(5, 4), memory_size=3, memory_context=True)
     features = torch.zeros(1, 2, 4)
     with pytest.raises(ValueError, match="expected context_features for the context_net, got none"):
         model.compare(features, features)
+    assert model.memory.layers == list(ContextNet.LAYERS)
     assert Glance(LocalNet(5, 4)).context_features(image(), torch.zeros(1, 2)) is None

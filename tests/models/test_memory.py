@@ -31,6 +31,23 @@ def test_novelty_is_the_distance_to_the_nearest_direction(normal: torch.Tensor) 
     torch.testing.assert_close(found.double(), expected.amin(1).reshape(2, 5), atol=1e-5, rtol=1e-5)
 
 
+def test_each_layers_direction_counts_alike(normal: torch.Tensor) -> None:
+    memory = FeatureMemory(400, 6, layers=(2, 4))
+    memory.fit(normal, generator())
+    spread = normal.double().std(0, correction=0)
+    scaled = normal.double() / spread
+    parts = [F.normalize(scaled[:, :2], dim=-1), F.normalize(scaled[:, 2:], dim=-1)]
+    asked = torch.randn(1, 5, 6, generator=generator(1))
+    of = [F.normalize(p, dim=-1) for p in (asked[0].double() / spread).split([2, 4], -1)]
+    squares = sum(torch.cdist(a, b).square() for a, b in zip(of, parts, strict=True)) / 2
+    torch.testing.assert_close(
+        memory(asked)[0].double(), squares.amin(1).sqrt(), atol=1e-5, rtol=1e-5
+    )
+    # a layer may vary as much as it likes
+    strong = normal * torch.tensor([1.0, 1, 9, 9, 9, 9])
+    assert float(memory(strong[None]).max()) < 2e-3
+
+
 def test_what_was_kept_is_not_new_whatever_its_strength(normal: torch.Tensor) -> None:
     memory = FeatureMemory(1000, 6)
     memory.fit(normal, generator())
