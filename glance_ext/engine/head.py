@@ -6,6 +6,8 @@ can afford: features that are kept cost it nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,11 @@ _BATCH = 64  # such groups, or images with all patches of the grid
 
 
 def head_stage(
-    model: Glance, images: Images, settings: TrainSettings, device: torch.device
+    model: Glance,
+    images: Images,
+    settings: TrainSettings,
+    device: torch.device,
+    progress: Callable[[range], Iterable[int]] = iter,
 ) -> Stage:
     """``l_DAD`` alone, on patches of the grid that is scored, each once distorted.
 
@@ -38,6 +44,8 @@ def head_stage(
             first 256 where not all patches of so many are.
         settings: Head steps and learning rate, distortion, stains, grid and seed.
         device: Where to train.
+        progress: Goes through the batches of images whose features are computed, before the first
+            step.
     """
     head = model.distortion_head
     optimizer = torch.optim.Adam(head.parameters(), lr=settings.head_learning_rate)
@@ -45,7 +53,7 @@ def head_stage(
 
     def step(generator: torch.Generator) -> dict[str, Tensor]:
         if not kept:  # not before: the networks may still be restored from a checkpoint
-            kept.append(_features(model, images, settings, device))
+            kept.append(_features(model, images, settings, device, progress))
         clean, other, around = kept[0]
         picks = torch.randint(len(clean), (_BATCH,), generator=generator)
         both = torch.stack((clean[picks], other[picks]))
@@ -59,7 +67,11 @@ def head_stage(
 
 @torch.no_grad()
 def _features(
-    model: Glance, images: Images, settings: TrainSettings, device: torch.device
+    model: Glance,
+    images: Images,
+    settings: TrainSettings,
+    device: torch.device,
+    progress: Callable[[range], Iterable[int]] = iter,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Local features of patches as they are and distorted, and global ones, ``(N, P, n)`` each.
 
@@ -74,7 +86,7 @@ def _features(
     groups = max(1, _MOST_PATCHES // count // _GROUP)
     drawn = groups * _GROUP < len(grid)
     parts = []
-    for first in range(0, count, 8):
+    for first in progress(range(0, count, 8)):
         some = images[first : min(first + 8, count)].float().to(device)
         generator = step_generator(settings.seed, "features", first)
         places = torch.arange(len(grid)).expand(len(some), -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -201,11 +201,16 @@ def train_loaded(
     if settings.fine_tune_steps:
         _fine_tune(trainer, distilled, images, settings, teacher_weights, device)
         trainer.restore_modules({"local_net": model.local_net})
+
+    def bar_over_features(batches: range) -> Iterable[int]:
+        quiet = not (show_progress and world.is_first)
+        return tqdm(batches, desc="features", unit="batch", disable=quiet, leave=False)
+
     views: Images = Turned(images) if settings.turns else images
     trainer.run(joint_stage(model, views, settings, device, world))
     trainer.restore_modules({"model": model})
     if settings.head_steps:
-        trainer.run(head_stage(model, views, settings, device))
+        trainer.run(head_stage(model, views, settings, device, bar_over_features))
         trainer.restore_modules({"model": model})
 
     def with_progress(some: Sequence[Tensor | Path] | Images, what: str) -> Iterator[Tensor]:

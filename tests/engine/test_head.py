@@ -129,7 +129,15 @@ def test_where_not_all_patches_are_kept_fewer_images_are_described(
         return real(self, some, plan)
 
     monkeypatch.setattr(Glance, "grid_features", spy)
-    clean, _, _ = module._features(model, images, replace(SETTINGS, grid=grid), CPU)
+    batches = []
+    clean, _, _ = module._features(
+        model,
+        images,
+        replace(SETTINGS, grid=grid),
+        CPU,
+        lambda firsts: batches.append(firsts) or firsts,
+    )
+    assert batches == [range(0, count, 8)]  # a bar can show how far it is
     assert sum(seen) == count
     assert clean.shape[:2] == ((5 * 4, 4) if grid == "2" else (9, 4))
 
