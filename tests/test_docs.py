@@ -43,7 +43,12 @@ def test_reproduce_shows_the_committed_figures(name: str) -> None:
     seeds = np.array([_metrics(f"{name}-{seed}") for seed in range(3)])
     pairs = zip(seeds.mean(0), seeds.std(0, ddof=1), strict=True)
     assert [name, "glance-ext", *(f"{mean:.3f} ± {std:.3f}" for mean, std in pairs)] in rows
-    settings = (("before", "before"), ("with novelty of `deep`", "deep"), ("today's default", "0"))
+    settings = (
+        ("before", "before"),
+        ("with novelty of `deep`", "deep"),
+        ("with novelty of `fine`", "fine"),
+        ("today's default", "0"),
+    )
     for setting, file in settings:
         assert [name, setting, *(f"{x:.3f}" for x in _metrics(f"{name}-{file}"))] in rows
 
@@ -85,6 +90,19 @@ def test_reproduce_shows_what_each_local_net_brings() -> None:
         words = [found["set"], f"`{found['local_net']}`", found["memory_of"]]
         figures = [f"{found[key]:.3f}" for key in ("image_AUROC", "pixel_AUPRO")]
         assert [*words, *figures] in shown
+
+
+def test_reproduce_shows_what_context_and_turned_images_bring() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "context.json").read_text())
+    shown = _rows(ROOT / "docs" / "reproduce.md")
+    assert len(found["results"]) == 4 * 10
+    for row in found["results"]:
+        words = [row["set"], "yes" if row["turns"] else "no", row["directions"]]
+        figures = [f"{row[key]:.3f}" for key in ("image_AUROC", "pixel_AUPRO")]
+        assert [*words, f"{row['memory_share']:g}", *figures] in shown
+    for row in found["layers"]:
+        figures = [f"{row[key]:.3f}" for key in ("image_AUROC", "pixel_AUPRO")]
+        assert [row["set"], f"`{row['layers']}`", *figures] in shown
 
 
 def test_reproduce_shows_the_committed_classes_of_cifar10() -> None:
