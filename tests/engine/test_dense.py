@@ -152,11 +152,11 @@ def test_heads_stay_in_float32_where_the_networks_are_bfloat16(
     seen = []
     real = Glance.compare
 
-    def compare(self: Glance, local: Tensor, around: Tensor) -> HeadScores:
+    def compare(self: Glance, local: Tensor, around: Tensor, *context: object) -> HeadScores:
         parameters = {p.dtype for p in self.distortion_head.parameters()}
         networks = {p.dtype for p in [*self.local_net.parameters(), *self.global_net.parameters()]}
         seen.append((local.dtype, around.dtype, parameters, networks))
-        return real(self, local, around)
+        return real(self, local, around, *context)
 
     monkeypatch.setattr(Glance, "compare", compare)
     scores = Detector(model, STANDARDISED, precision="bfloat16").score_patches(scene)

@@ -107,6 +107,8 @@ def test_both_paths_agree_with_the_specification(
         assert torch.equal(found.pop("mask_out"), exact["mask_out"].bool())
         for name, value in found.items():
             scale = max(1.0, float(exact[name].abs().max()))
+            if path != "fused":  # torch may take Winograd's convolution in one call, not in another
+                scale *= 2
             assert_matches_reference(
                 value, exact[name], same[name], name=f"{path} {name}", scale=scale
             )
