@@ -34,7 +34,7 @@ def test_two_processes_have_the_loss_curve_of_one(
     good: Path, local_net: Path, tmp_path: Path
 ) -> None:
     batch = ["--normal", good, "--local-net", local_net, "--batch-size", 6, "--holes-per-image", 2]
-    batch += ["--head-steps", 21]
+    batch += ["--head-steps", 21, "--no-turns"]
     curves, weights = [], []
     for name, start in (("one", []), ("two", TORCHRUN)):
         output = tmp_path / name
@@ -49,17 +49,12 @@ def test_two_processes_have_the_loss_curve_of_one(
         assert [step for step, _ in points] == [step for step, _ in two[loss]] == [0, 20]
         values = torch.tensor([value for _, value in points])
         others = torch.tensor([value for _, value in two[loss]])
-        torch.testing.assert_close(others[0], values[0], rtol=1e-3, atol=0)
-        # Rounding, which Adam makes much of where gradients are nearly zero: weights that differ by
-        # 1e-7 at the start give losses that differ by 7e-3 at the end, in one process too.
-        torch.testing.assert_close(others[1], values[1], rtol=2e-2, atol=0)
+        # Rounding, which Adam makes much of where gradients are nearly zero.
+        torch.testing.assert_close(others, values, rtol=1e-3, atol=0)
         assert values[0] != values[-1]
-    trained = ("model.local_net", "model.global_net", "model.distortion_head")
     for key, value in weights[0].items():
-        if not key.startswith(trained):  # mean differences near 0, which features are kept
-            continue
         error = float((weights[1][key] - value).norm() / value.norm().clamp_min(1e-6))
-        assert error < 0.1, key  # biases that began at 0 differ most: 0.04
+        assert error < 3e-2, key
 
 
 def test_a_step_that_cannot_be_shared_ends_all_processes(
