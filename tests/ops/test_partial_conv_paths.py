@@ -107,7 +107,8 @@ def test_both_paths_agree_with_the_specification(
         assert torch.equal(found.pop("mask_out"), exact["mask_out"].bool())
         for name, value in found.items():
             scale = max(1.0, float(exact[name].abs().max()))
-            if path != "fused":  # torch may take Winograd's convolution in one call, not in another
+            if shape == "one row of cache" and path != "fused":
+                # torch's convolution there, on AVX2: 7.9e-6 off where 7.0e-6 was allowed
                 scale *= 2
             assert_matches_reference(
                 value, exact[name], same[name], name=f"{path} {name}", scale=scale
