@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <array>
 #include <atomic>
+#include <functional>
 #include <string>
 
 #include "common/scalar.h"
@@ -80,6 +81,11 @@ class DeviceGuard {
   c10::cuda::OptionalCUDAGuard guard_;
 #endif
 };
+
+// torch's threads, for kernels that share out their work themselves (a ParallelFor).
+inline void parallel_units(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
+  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end); });
+}
 
 // Runs a kernel on the device of `on`: the launcher on the current stream, or the range function
 // over `rows` with torch's threads, each taking at least `grain` of them.

@@ -139,12 +139,61 @@ at::Tensor hole_conv2d(const at::Tensor& base, const std::optional<at::Tensor>& 
 
 namespace {
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hole_conv2d_backward(
-    const at::Tensor& grad_output, const at::Tensor& output, const at::Tensor& base,
-    const std::optional<at::Tensor>& windows, const at::Tensor& extents, const at::Tensor& origins,
-    const at::Tensor& ratio, const at::Tensor& weight, at::IntArrayRef stride,
-    at::IntArrayRef padding, at::IntArrayRef dilation, double negative_slope,
-    std::array<bool, 4> output_mask) {
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+Gradients fused_backward(const HoleConvParams& checked, const at::Tensor& grad_output,
+                         const at::Tensor& output, const at::Tensor& base,
+                         const std::optional<at::Tensor>& windows, const at::Tensor& extents,
+                         const at::Tensor& origins, const at::Tensor& ratio,
+                         const at::Tensor& weight, std::array<bool, 4> output_mask) {
+  HoleConvBackwardParams p;
+  static_cast<HoleConvParams&>(p) = checked;
+  const Workspace work = bind_inputs(kHoleConv, p, base, windows, extents, origins, p.origins);
+  const at::Tensor of_ratio = ratio.contiguous(), of_weight = weight.contiguous();
+  const at::Tensor grad = windows_last(grad_output), result = windows_last(output);
+  p.ratio = of_ratio.const_data_ptr();
+  p.weight = of_weight.const_data_ptr();
+  p.grad_output = grad.const_data_ptr();
+  p.result = p.negative_slope == 1 ? nullptr : result.const_data_ptr();
+  at::Tensor grad_base = at::empty({0}, base.options()), grad_windows = grad_base;
+  at::Tensor grad_weight = at::empty({0}, weight.options()), grad_bias = grad_base;
+  if (output_mask[3]) {
+    grad_bias = at::empty({p.out_channels}, base.options());
+    p.grad_bias = grad_bias.mutable_data_ptr();
+  }
+  if (output_mask[2]) {
+    grad_weight =
+        at::empty({p.out_channels, p.kernel[0], p.kernel[1], p.channels}, weight.options());
+    p.grad_weight = grad_weight.mutable_data_ptr();
+  }
+  const auto [tile_origins, tile] = input_tiles(p, origins);
+  at::Tensor grad_tiles;
+  if (output_mask[0] || output_mask[1]) {
+    grad_tiles = at::empty({p.window_count(), tile[0], tile[1], p.channels}, base.options());
+    p.grad_tiles = grad_tiles.mutable_data_ptr();
+  }
+  hole_conv_backward_cpu(p, parallel_units);
+  if (output_mask[2]) {
+    grad_weight = grad_weight.permute({0, 3, 1, 2}).contiguous(memory_format(weight));
+  }
+  if (output_mask[0] || output_mask[1]) {
+    HoleGatherBackwardParams q;
+    static_cast<HoleGatherParams&>(q) = checked_gather(base, windows, extents, tile);
+    const Workspace inputs =
+        bind_inputs(kHoleConv, q, base, windows, extents, tile_origins, q.origins);
+    std::tie(grad_base, grad_windows) =
+        scatter_tiles(q, base, windows, grad_tiles, {output_mask[0], output_mask[1]});
+  }
+  return {grad_base, grad_windows, grad_weight, grad_bias};
+}
+
+Gradients hole_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& output,
+                               const at::Tensor& base, const std::optional<at::Tensor>& windows,
+                               const at::Tensor& extents, const at::Tensor& origins,
+                               const at::Tensor& ratio, const at::Tensor& weight,
+                               at::IntArrayRef stride, at::IntArrayRef padding,
+                               at::IntArrayRef dilation, double negative_slope,
+                               std::array<bool, 4> output_mask) {
   const at::Tensor no_cells = at::empty({0}, extents.options());
   const HoleConvParams p = checked_conv(base, windows, extents, no_cells, ratio, weight,
                                         std::nullopt, stride, padding, dilation, negative_slope);
@@ -164,6 +213,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> hole_conv2d_backward(
   at::Tensor grad_weight = at::empty({0}, weight.options());
   at::Tensor grad_bias = at::empty({0}, base.options());
 
+  if (base.is_cpu() && p.dtype != ScalarType::kFloat64) {
+    return fused_backward(p, grad_output, output, base, windows, extents, origins, ratio, weight,
+                          output_mask);
+  }
   // (N, P, ho, wo, K), so that sums do not depend on the layout: the gradient behind the
   // activation, at the cells that were computed.
   const at::Tensor scale = ratio.contiguous().unsqueeze(-1);

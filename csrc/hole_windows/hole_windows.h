@@ -26,6 +26,7 @@
 
 #include <cstdint>
 
+#include "common/parallel_for.h"
 #include "common/scalar.h"
 
 namespace glance {
@@ -89,6 +90,16 @@ struct HoleConvParams : HoleWindowsParams {
   void* packed = nullptr;  // workspace: packed_weight_bytes(), on CUDA hole_conv_workspace_bytes()
 };
 
+struct HoleConvBackwardParams : HoleConvParams {
+  const void* grad_output = nullptr;  // (N * P, ho, wo, K)
+  const void* result = nullptr;       // (N * P, ho, wo, K): the output, or null without activation
+  // Each null where it is not wanted. Of the input's tiles, as HoleGatherParams has them, with
+  // origins * stride - padding: cells that no window sees are 0.
+  void* grad_tiles = nullptr;   // (N * P, th, tw, C)
+  void* grad_weight = nullptr;  // (K, kh, kw, C)
+  void* grad_bias = nullptr;    // (K)
+};
+
 // The greatest value in each cell's window of the composed input, for every cell of the next
 // window; outside of the map nothing counts, and a cell that sees nothing else is -infinity. NaN is
 // the greatest of all.
@@ -116,6 +127,9 @@ int64_t weight_panels(const HoleConvParams& params);
 int64_t channel_padding(const HoleConvParams& params);  // zero channels that would spare copies
 void pack_weight_cpu(const HoleConvParams& params, int64_t begin, int64_t end);  // of the panels
 void hole_conv_cpu(const HoleConvParams& params, int64_t begin, int64_t end);    // of N * P
+// All gradients that have a pointer, in sums of one order whatever the threads; not for float64.
+// Reads neither `cells` nor `bias`.
+void hole_conv_backward_cpu(const HoleConvBackwardParams& params, const ParallelFor& parallel);
 
 // One layer of a sequence: a convolution, or where it has no weight a max-pooling.
 struct HoleLayer {

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "common/workspace.h"
+#include "hole_windows/outer_products.h"
 #include "partial_conv/depthwise_loops.h"
-#include "partial_conv/outer_kernel.h"
 #include "partial_conv/partial_conv.h"
 #include "partial_conv/tile_rows.h"
 
@@ -16,11 +16,9 @@ namespace glance {
 namespace {
 
 constexpr int64_t kStepBytes = 2 * 1024 * 1024;
-constexpr int64_t kPanels = 8;   // at the least, to share them among threads whole
-constexpr int64_t kChunk = 256;  // windows whose scaled gradients stay in the innermost cache
+constexpr int64_t kPanels = 8;  // at the least, to share them among threads whole
 constexpr int64_t kManyGroups = 8;
-constexpr int64_t kProducts = 32;  // of a block and a panel, at the least
-constexpr int64_t kShares = 64;    // of what comes before the products: each has some of everything
+constexpr int64_t kShares = 64;  // of what comes before the products: each has some of everything
 
 template <typename T>
 class WeightGradient {
@@ -37,13 +35,8 @@ class WeightGradient {
         in_(p.in_channels / p.groups),
         out_(p.out_channels / p.groups),
         whole_rows_(p.dilation[1] == 1),
-        run_((whole_rows_ ? p.kernel[1] : 1) * in_),
-        runs_(p.kernel[0] * (whole_rows_ ? 1 : p.kernel[1])),
-        kernel_(outer_kernel(best_instruction_set(), run_, out_)),
-        panels_((out_ + kernel_.columns - 1) / kernel_.columns),
-        parts_((run_ + kernel_.rows - 1) / kernel_.rows),
-        blocks_(runs_ * parts_),
         width_((p.out_width - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1),
+        products_((whole_rows_ ? p.kernel[1] : 1) * in_, run_offsets(), out_),
         input_{static_cast<const T*>(p.input), p.in_channels, p.in_height, p.in_width,
                p.channels_last},
         grad_{static_cast<const T*>(p.grad_output), p.out_channels, p.out_height, p.out_width,
@@ -53,21 +46,15 @@ class WeightGradient {
         loops_(depthwise_loops()),
         slab_height_(slab_height()),
         slabs_(std::clamp<int64_t>(kStepBytes / slab_bytes(slab_height_), 1, all_slabs())),
-        one_step_(slabs_ >= all_slabs() && panels_ >= kPanels),
-        shares_((kProducts + panels_ * blocks_ - 1) / (panels_ * blocks_)),
+        one_step_(slabs_ >= all_slabs() && products_.panels() >= kPanels),
         source_(slabs_ * slab_rows(slab_height_) * width_ * in_),
-        scaled_(windows() * pitch()),
+        scaled_(windows() * products_.pitch()),
         ratio_(windows()),
-        places_(windows()) {
-    for (int64_t block = 0; block < blocks_; ++block) {
-      const Block at = block_at(block);
-      offsets_.push_back((at.y * p.dilation[0] * width_ + at.x * p.dilation[1]) * in_ + at.term);
-    }
-  }
+        places_(windows()) {}
 
   void run(int64_t begin, int64_t end) {
     for (int64_t group = begin; group < end; ++group) {
-      sums_.assign(p_.grad_weight && !one_step_ ? shares_ * all_sums() : 0, 0);
+      sums_.assign(p_.grad_weight && !one_step_ ? products_.shared_sums() : 0, 0);
       bias_.assign(out_, 0);
       step_.clear();
       for (int64_t n = 0; n < p_.batch; ++n) {
@@ -82,16 +69,15 @@ class WeightGradient {
   }
 
  private:
-  // Neighbouring terms: a window's row and column, and the first of the block's terms behind it.
-  // The last block of a run begins early enough to be of full size.
-  struct Block {
-    int64_t y, x, term;
-  };
-  Block block_at(int64_t block) const {
-    const int64_t run = block / parts_;
-    const int64_t term = std::min(block % parts_ * kernel_.rows, run_ - kernel_.rows);
-    if (whole_rows_) return {run, 0, term};
-    return {run / p_.kernel[1], run % p_.kernel[1], term};
+  // Of each run from a window's place.
+  std::vector<int64_t> run_offsets() const {
+    std::vector<int64_t> offsets;
+    for (int64_t y = 0; y < p_.kernel[0]; ++y) {
+      for (int64_t x = 0; x < (whole_rows_ ? 1 : p_.kernel[1]); ++x) {
+        offsets.push_back((y * p_.dilation[0] * width_ + x * p_.dilation[1]) * in_);
+      }
+    }
+    return offsets;
   }
 
   // How many rows of windows of an image are one slab, how many slabs there are in all, and how
@@ -111,7 +97,7 @@ class WeightGradient {
     return (rows - 1) * p_.stride[0] + (p_.kernel[0] - 1) * p_.dilation[0] + 1;
   }
   int64_t slab_bytes(int64_t rows) const {
-    return (slab_rows(rows) * width_ * in_ + rows * p_.out_width * panels_ * kernel_.columns) *
+    return (slab_rows(rows) * width_ * in_ + rows * p_.out_width * products_.pitch()) *
            int64_t(sizeof(A));
   }
 
@@ -133,27 +119,18 @@ class WeightGradient {
     for (int64_t row = 0; p_.grad_bias && row < rows; ++row) {
       for (int64_t k = 0; k < out_; ++k) bias_[k] += bias_rows_[row * pitch() + k];
     }
+    const OuterProducts::Windows all{source_.data(), places_.data(), scaled_.data(), ratio_.size()};
     if (p_.grad_weight && one_step_) {
-      parallel_(panels_, [&](int64_t begin, int64_t end) {
-        const Workspace<A> sums(panel_sums());
+      parallel_(products_.panels(), [&](int64_t begin, int64_t end) {
+        const Workspace<A> sums(products_.panel_sums());
         for (int64_t panel = begin; panel < end; ++panel) {
           std::fill_n(sums.data(), sums.size(), A{0});
-          multiply(panel, 0, blocks_, 0, firsts_[rows], sums.data());
+          products_.add(all, panel, 0, products_.blocks(), 0, firsts_[rows], sums.data());
           store_rows(group, panel, 0, stored_rows(), sums.data());
         }
       });
     } else if (p_.grad_weight) {
-      // Windows in shares with sums of their own, where panels and blocks are too few for threads.
-      const int64_t windows = firsts_[rows], products = panels_ * blocks_;
-      parallel_(shares_ * products, [&](int64_t begin, int64_t end) {
-        for_panels(products, begin, end, [&](int64_t share, int64_t of_first, int64_t of_last) {
-          const int64_t from = windows * share / shares_, to = windows * (share + 1) / shares_;
-          A* sums = sums_.data() + share * all_sums();
-          for_panels(blocks_, of_first, of_last, [&](int64_t panel, int64_t first, int64_t last) {
-            multiply(panel, first, last, from, to, sums + panel * panel_sums());
-          });
-        });
-      });
+      products_.add_in_shares(all, firsts_[rows], sums_.data(), parallel_);
     }
     step_.clear();
   }
@@ -202,7 +179,7 @@ class WeightGradient {
       if (count == 0) continue;
       const PixelRow pixels{slab.image, slab.top + y, 0, width, group * out_, out_};
       // Where they are wanted, if all windows of the row are and one panel has all columns.
-      const bool in_place = count == width && panels_ == 1;
+      const bool in_place = count == width && products_.panels() == 1;
       A* grad = in_place ? scaled_.data() + first * pitch() : row_of_grad.data();
       copy_pixels(grad_, pixels, pitch(), grad);
       if (p_.result) copy_pixels(result_, pixels, pitch(), result.data());
@@ -227,8 +204,8 @@ class WeightGradient {
 
   // Their gradients, panel by panel.
   void keep_windows(const A* grad, const A* ratio, int64_t first) {
-    const int64_t columns = kernel_.columns;
-    for (int64_t panel = 0; panel < panels_; ++panel) {
+    const int64_t columns = products_.columns();
+    for (int64_t panel = 0; panel < products_.panels(); ++panel) {
       A* to = scaled_.data() + (panel * ratio_.size() + first) * columns;
       for (int64_t x = 0; x < p_.out_width; ++x) {
         if (ratio[x] == 0) continue;
@@ -238,33 +215,7 @@ class WeightGradient {
     }
   }
 
-  int64_t pitch() const { return panels_ * kernel_.columns; }
-
-  // Of one panel: a value for each tap and channel, in blocks.
-  int64_t panel_sums() const { return blocks_ * kernel_.rows * kernel_.columns; }
-  int64_t all_sums() const { return panels_ * panel_sums(); }
-
-  // Calls body(panel, first, last) on what [begin, end) has of each panel's `count` items.
-  template <typename Body>
-  static void for_panels(int64_t count, int64_t begin, int64_t end, Body&& body) {
-    while (begin < end) {
-      const int64_t panel = begin / count, last = std::min(end, (panel + 1) * count);
-      body(panel, begin - panel * count, last - panel * count);
-      begin = last;
-    }
-  }
-
-  // Adds the products of windows [from, to) to the sums of blocks [begin, end).
-  void multiply(int64_t panel, int64_t begin, int64_t end, int64_t from, int64_t to, A* sums) {
-    for (int64_t first = from; first < to; first += kChunk) {
-      const int64_t count = std::min(kChunk, to - first);
-      const A* scaled = scaled_.data() + (panel * ratio_.size() + first) * kernel_.columns;
-      for (int64_t block = begin; block < end; ++block) {
-        kernel_.run({source_.data() + offsets_[block], places_.data() + first, count, scaled,
-                     sums + block * kernel_.rows * kernel_.columns});
-      }
-    }
-  }
+  int64_t pitch() const { return products_.pitch(); }
 
   void store(int64_t group) {
     T* grad_bias = static_cast<T*>(p_.grad_bias);
@@ -272,11 +223,12 @@ class WeightGradient {
       grad_bias[group * out_ + k] = narrow<T>(static_cast<A>(bias_[k]));
     }
     if (!p_.grad_weight || (one_step_ && p_.batch > 0)) return;
-    for (int64_t i = all_sums(); i < int64_t(sums_.size()); ++i) sums_[i % all_sums()] += sums_[i];
-    parallel_(panels_ * stored_rows(), [&](int64_t begin, int64_t end) {
-      for_panels(stored_rows(), begin, end, [&](int64_t panel, int64_t first, int64_t last) {
-        store_rows(group, panel, first, last, sums_.data() + panel * panel_sums());
-      });
+    products_.fold_shares(sums_.data());
+    parallel_(products_.panels() * stored_rows(), [&](int64_t begin, int64_t end) {
+      OuterProducts::in_parts(
+          stored_rows(), begin, end, [&](int64_t panel, int64_t first, int64_t last) {
+            store_rows(group, panel, first, last, sums_.data() + panel * products_.panel_sums());
+          });
     });
   }
 
@@ -285,14 +237,15 @@ class WeightGradient {
   int64_t stored_rows() const { return channels_first() ? p_.kernel[0] * p_.kernel[1] : in_; }
 
   void store_rows(int64_t group, int64_t panel, int64_t begin, int64_t end, const A* sums) const {
-    const int64_t first = panel * kernel_.columns, width = std::min(kernel_.columns, out_ - first);
+    const int64_t columns = products_.columns();
+    const int64_t first = panel * columns, width = std::min(columns, out_ - first);
     const int64_t length = channels_first() ? in_ : p_.kernel[0] * p_.kernel[1];
     T* to = static_cast<T*>(p_.grad_weight) + (group * out_ + first) * p_.weight_strides[0];
-    std::vector<A> window(length * kernel_.columns);
+    std::vector<A> window(length * columns);
     for (int64_t row = begin; row < end; ++row) {
       for (int64_t i = 0; i < length; ++i) {
         const A* sum = sums + (channels_first() ? place_of(row, i) : place_of(i, row));
-        std::copy_n(sum, kernel_.columns, window.data() + i * kernel_.columns);
+        std::copy_n(sum, columns, window.data() + i * columns);
       }
       const auto place = [&](int64_t i) {
         const int64_t c = channels_first() ? i : row, tap = channels_first() ? row : i;
@@ -301,14 +254,13 @@ class WeightGradient {
       };
       if constexpr (std::is_same_v<T, A>) {
         if (place(length - 1) - place(0) == length - 1) {
-          transpose(window.data(), kernel_.columns, length, width, to + place(0),
-                    p_.weight_strides[0]);
+          transpose(window.data(), columns, length, width, to + place(0), p_.weight_strides[0]);
           continue;
         }
       }
       for (int64_t i = 0; i < length; ++i) {
         for (int64_t k = 0; k < width; ++k) {
-          to[k * p_.weight_strides[0] + place(i)] = narrow<T>(window[i * kernel_.columns + k]);
+          to[k * p_.weight_strides[0] + place(i)] = narrow<T>(window[i * columns + k]);
         }
       }
     }
@@ -316,32 +268,26 @@ class WeightGradient {
 
   // Where a panel's sums have those of one tap and channel, a value for each column.
   int64_t place_of(int64_t tap, int64_t c) const {
-    const int64_t run = whole_rows_ ? tap / p_.kernel[1] : tap;
-    const int64_t term = (whole_rows_ ? tap % p_.kernel[1] : 0) * in_ + c;
-    const int64_t block = run * parts_ + term / kernel_.rows;
-    return (block * kernel_.rows + term - block_at(block).term) * kernel_.columns;
+    if (!whole_rows_) return products_.place_of(tap, c);
+    return products_.place_of(tap / p_.kernel[1], tap % p_.kernel[1] * in_ + c);
   }
 
   const PartialConvBackwardParams& p_;
   const ParallelFor& parallel_;
-  int64_t in_, out_;    // channels of one group
-  bool whole_rows_;     // neighbouring taps are neighbours in memory
-  int64_t run_, runs_;  // terms that are, and how often
-  OuterKernel kernel_;
-  int64_t panels_, parts_, blocks_;  // a run in parts of the kernel's rows makes blocks
-  int64_t width_;  // pixels of a row of the input with what padding the windows see
+  int64_t in_, out_;  // channels of one group
+  bool whole_rows_;   // neighbouring taps are neighbours in memory, and so one run
+  int64_t width_;     // pixels of a row of the input with what padding the windows see
+  OuterProducts products_;
   FeatureMap<T> input_, grad_, result_;
   const DepthwiseLoops& loops_;
   int64_t slab_height_, slabs_;
-  bool one_step_;   // for all windows, so that a panel's sums are held only until they are stored
-  int64_t shares_;  // of a step's windows
+  bool one_step_;  // for all windows, so that a panel's sums are held only until they are stored
   Workspace<A> source_, scaled_, ratio_;
   Workspace<int64_t> places_;  // of each window that is not empty, in source_
   std::vector<Slab> step_;
   std::vector<A> sums_, bias_rows_;
   std::vector<double> bias_;
-  std::vector<int64_t> firsts_;   // of each row of windows, among those that are not empty
-  std::vector<int64_t> offsets_;  // of each block from a window's place
+  std::vector<int64_t> firsts_;  // of each row of windows, among those that are not empty
 };
 
 // Threads share the work of a group, or the groups if there are many: a result is the same.

@@ -26,8 +26,8 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
+#include "common/parallel_for.h"
 #include "common/scalar.h"
 
 namespace glance {
@@ -118,9 +118,7 @@ void pack_grad_input_cpu(const PartialConvBackwardParams& params, int64_t begin,
 void fused_grad_input_cpu(const PartialConvBackwardParams& params, int64_t begin, int64_t end);
 
 // The gradients of weight and bias: sums over all windows in an order of their own, whatever the
-// threads. `parallel(count, body)` calls body(begin, end) on parts of [0, count).
-using ParallelFor =
-    std::function<void(int64_t count, const std::function<void(int64_t, int64_t)>& body)>;
+// threads.
 void fused_grad_weight_cpu(const PartialConvBackwardParams& params, const ParallelFor& parallel);
 
 // The fused path of depthwise layers (one channel a group, in and out), and of those with groups of

@@ -127,10 +127,6 @@ at::Tensor behind_activation(const PartialConvCall& call, const at::Tensor& grad
   return at::where(call.result.gt(0), grad, below).contiguous(memory_format(call.input));
 }
 
-void parallel_units(int64_t count, const std::function<void(int64_t, int64_t)>& body) {
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end); });
-}
-
 at::Tensor pack_weights(PartialConvCall& call, const SweepSizes& sizes,
                         void (*pack)(const PartialConvBackwardParams&, int64_t, int64_t)) {
   PartialConvBackwardParams& p = call.params;

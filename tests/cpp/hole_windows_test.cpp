@@ -3,6 +3,7 @@
 #include "hole_windows/hole_windows.h"
 
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <vector>
 
@@ -36,6 +37,7 @@ const HoleSizes kFixed[] = {
     {1, 1, 1, 1, false, true, 3, 3, 1, 1, 1, 1, 1, 0, 1, 1, 1, 1, false},
     {3, 5, 24, 64, true, true, 8, 9, 6, 6, 3, 2, 1, 2, 2, 6, 6, 0.01, true},
     {1, 2, 8, 16, false, true, 9, 9, 4, 4, 5, 5, 1, 2, 1, 1, 1, 1, true},
+    {1, 40, 40, 5, false, true, 34, 34, 30, 30, 3, 3, 2, 0, 1, 16, 16, 0.01, true},  // two steps
 };
 
 // --- convolution
@@ -81,6 +83,114 @@ void check_cpu_convolution(const HoleSizes& sizes, uint64_t seed) {
   glance_test::run_in_pieces(glance::pack_weight_cpu, p, glance::weight_panels(p));
   glance_test::run_in_pieces(glance::hole_conv_cpu, p, call.window_count());
   expect_output(call, output, sum_epsilon<T>());
+}
+
+// All three gradients, as sums in double with what their rounding errors are relative to.
+template <typename T>
+struct HoleGradients {
+  using Sum = typename HoleCase<T>::Sum;
+  std::vector<Sum> tiles, weight, bias;
+
+  HoleGradients(const HoleCase<T>& call, const std::vector<T>& grads, const std::vector<T>& results,
+                int64_t tile_height, int64_t tile_width)
+      : tiles(call.window_count() * tile_height * tile_width * call.sizes.channels),
+        weight(call.weight.size()),
+        bias(call.bias.size()) {
+    const HoleSizes& s = call.sizes;
+    const auto add = [](Sum& sum, double value) {
+      sum.value += value;
+      sum.magnitude += std::abs(value);
+    };
+    for (int64_t cell = 0; cell < call.window_count() * s.out_height * s.out_width; ++cell) {
+      const int64_t b = cell / (s.out_height * s.out_width), g = call.geometry(b);
+      const int64_t i = cell / s.out_width % s.out_height, j = cell % s.out_width;
+      const double ratio = call.ratio[(g * s.out_height + i) * s.out_width + j];
+      for (int64_t k = 0; ratio != 0 && k < s.out_channels; ++k) {
+        double grad = widen(grads[cell * s.out_channels + k]);
+        if (s.slope != 1 && !(widen(results[cell * s.out_channels + k]) > 0)) grad *= s.slope;
+        add(bias[k], grad);
+        grad *= ratio;
+        for (int64_t tap = 0; tap < s.kernel_h * s.kernel_w; ++tap) {
+          const int64_t y = s.dilation * (tap / s.kernel_w), x = s.dilation * (tap % s.kernel_w);
+          const int64_t top = (call.origins[g * 2] + i) * s.stride - s.padding;
+          const int64_t left = (call.origins[g * 2 + 1] + j) * s.stride - s.padding;
+          const int64_t row = b * tile_height + i * s.stride + y;
+          for (int64_t c = 0; c < s.channels; ++c) {
+            const int64_t at = (k * s.channels + c) * s.kernel_h * s.kernel_w + tap;
+            const int64_t term = (k * s.kernel_h * s.kernel_w + tap) * s.channels + c;
+            add(tiles[(row * tile_width + j * s.stride + x) * s.channels + c],
+                grad * widen(call.weight[at]));
+            add(weight[term], grad * call.input(b, top + y, left + x, c));
+          }
+        }
+      }
+    }
+  }
+};
+
+template <typename T>
+void expect_sums(const std::vector<T>& got,
+                 const std::vector<typename HoleCase<T>::Sum>& expected) {
+  for (size_t at = 0; at < got.size(); ++at) {
+    const double smallest = std::is_same_v<T, Half> ? 6e-8 : 0;  // step of subnormals
+    EXPECT_NEAR(widen(got[at]), expected[at].value,
+                smallest + Type<T>::kEpsilon * std::abs(expected[at].value) +
+                    sum_epsilon<T>() * expected[at].magnitude);
+  }
+}
+
+// Also that they do not depend on the threads, nor on which of them are wanted.
+template <typename T>
+void check_gradients(const HoleSizes& sizes, uint64_t seed) {
+  const HoleCase<T> call(sizes, seed);
+  const HoleSizes& s = sizes;
+  Random random(seed + 500);
+  std::vector<T> grads = glance_test::random_values<T>(random, output_size(call));
+  const std::vector<T> results = glance_test::random_values<T>(random, output_size(call));
+  const int64_t cells = s.out_height * s.out_width;
+  for (size_t at = 0; at < grads.size(); ++at) {  // of cells that no hole reaches: not to be read
+    const int64_t cell = at / s.out_channels;
+    const bool reached = call.ratio[call.geometry(cell / cells) * cells + cell % cells] != 0;
+    if (!reached) grads[at] = glance::narrow<T>(static_cast<accumulate_t<T>>(NAN));
+  }
+  const int64_t height = (s.out_height - 1) * s.stride + (s.kernel_h - 1) * s.dilation + 1;
+  const int64_t width = (s.out_width - 1) * s.stride + (s.kernel_w - 1) * s.dilation + 1;
+  const HoleGradients<T> expected(call, grads, results, height, width);
+  const glance::ParallelFor whole = [](int64_t count, const auto& body) { body(0, count); };
+  const glance::ParallelFor pieces = [](int64_t count, const auto& body) {
+    for (int64_t end = count, step = 1; end > 0; end -= step, step = step % 3 + 1) {
+      body(std::max<int64_t>(0, end - step), end);
+    }
+  };
+  const auto compute = [&](bool tiles, bool weight, bool bias, const glance::ParallelFor& threads) {
+    std::vector<T> got[3] = {glance_test::poison<T>(expected.tiles.size() * tiles),
+                             glance_test::poison<T>(expected.weight.size() * weight),
+                             glance_test::poison<T>(expected.bias.size() * bias)};
+    glance::HoleConvBackwardParams p;
+    static_cast<HoleConvParams&>(p) = call.conv;
+    p.cells = nullptr;
+    p.bias = nullptr;
+    p.grad_output = grads.data();
+    p.result = s.slope == 1 ? nullptr : results.data();
+    p.grad_tiles = tiles ? got[0].data() : nullptr;
+    p.grad_weight = weight ? got[1].data() : nullptr;
+    p.grad_bias = bias ? got[2].data() : nullptr;
+    glance::hole_conv_backward_cpu(p, threads);
+    return std::array<std::vector<T>, 3>{got[0], got[1], got[2]};
+  };
+  const auto all = compute(true, true, true, whole);
+  expect_sums(all[0], expected.tiles);
+  expect_sums(all[1], expected.weight);
+  expect_sums(all[2], expected.bias);
+  for (int which = 0; which < 4; ++which) {
+    const auto some = which < 3 ? compute(which == 0, which == 1, which == 2, pieces)
+                                : compute(true, true, true, pieces);
+    for (int i = 0; i < 3; ++i) {
+      for (size_t at = 0; at < some[i].size(); ++at) {
+        EXPECT_NEAR(widen(some[i][at]), widen(all[i][at]), 0);
+      }
+    }
+  }
 }
 
 template <typename Tile>
@@ -352,6 +462,7 @@ void check_type() {
     check_cpu_convolution<T>(sizes, seed);
     check_cuda_convolution<T>(sizes, seed);
     if constexpr (std::is_same_v<T, float>) check_cuda_convolution<T>(sizes, seed, true);
+    if constexpr (!std::is_same_v<T, double>) check_gradients<T>(sizes, seed);
     check_gather<T, int32_t>(sizes, seed);
     check_gather<T, int64_t>(sizes, seed);
     check_pool<T, int32_t>(sizes, seed);

@@ -197,13 +197,16 @@ def test_every_dtype(dtype: torch.dtype, device: str) -> None:
     assert_equal_to_hole_by_hole(layers, images, origins, (9, 9), tolerance)
 
 
-def test_gradients_equal_hole_by_hole(device: str) -> None:
-    layers = [layer.to(device, torch.float64) for layer in small_global_net(1)]
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)], ids=str
+)
+def test_gradients_equal_hole_by_hole(dtype: torch.dtype, tolerance: float, device: str) -> None:
+    layers = [layer.to(device, dtype) for layer in small_global_net(1)]
     origins = torch.tensor([[[0, 0], [13, 9]], [[20, 3], [32, 29]]], device=device)
-    images = torch.randn(2, 3, 41, 38, device=device, dtype=torch.float64, requires_grad=True)
+    images = torch.randn(2, 3, 41, 38, device=device, dtype=dtype, requires_grad=True)
     leaves = [images, *(value for layer in layers for value in layer.parameters())]
     shared = HoleFeatures(layers)
-    got = shared(images, shared.plan((41, 38), 9, origins, device=device, dtype=torch.float64))
+    got = shared(images, shared.plan((41, 38), 9, origins, device=device, dtype=dtype))
     expected = hole_by_hole(layers, images, origins, (9, 9))
     grad = torch.randn_like(expected)
     for a, b in zip(
@@ -211,7 +214,7 @@ def test_gradients_equal_hole_by_hole(device: str) -> None:
         torch.autograd.grad(expected, leaves, grad),
         strict=True,
     ):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def test_gradients_of_the_base_maps_stay_channels_last(

@@ -1,4 +1,4 @@
-#include "partial_conv/outer_kernel.h"
+#include "hole_windows/outer_kernel.h"
 
 #include <utility>
 
