@@ -15,14 +15,14 @@ from glance_ext.data.grid import patch_grid
 from glance_ext.data.patches import Images, crop_from
 from glance_ext.engine.loop import Stage, step_generator
 from glance_ext.engine.settings import TrainSettings
-from glance_ext.engine.step_patches import distorted
+from glance_ext.engine.step_patches import dense_plan, distorted
 from glance_ext.models.glance import PATCH_SIZE, Glance
 from glance_ext.models.heads import distortion_loss
 from glance_ext.models.normalisation import normalise
 
 _MOST_IMAGES = 1500
 _MOST_PATCHES = 8192  # whose features are kept, where the grid has more
-_LEAST_PATCHES = 32  # of an image: its features cost a whole pass, however few are kept
+_LEAST_PATCHES = 32  # of an image, of which they share a pass through Global-Net
 _GROUP = 4  # patches of one image that are then drawn together
 _BATCH = 64  # such groups, or images with all patches of the grid
 
@@ -79,12 +79,13 @@ def _features(
     """
     model.eval()
     grid = patch_grid(settings.grid, image_size=model.view_size)
-    plan = model.plan(grid.starts, grid.starts, device=device)
     count = min(len(images), _MOST_IMAGES)
     if count * len(grid) > _MOST_PATCHES and len(grid) > _LEAST_PATCHES:
         count = min(count, _MOST_PATCHES // _LEAST_PATCHES)
     groups = max(1, _MOST_PATCHES // count // _GROUP)
     drawn = groups * _GROUP < len(grid)
+    every = None if drawn else model.plan(grid.starts, grid.starts, device=device)
+    dense = dense_plan(model, grid, groups * _GROUP)
     parts = []
     for first in progress(range(0, count, 8)):
         some = images[first : min(first + 8, count)].float().to(device)
@@ -94,14 +95,26 @@ def _features(
             size = (len(some), groups * _GROUP)
             places = torch.randint(len(grid), size, generator=generator)
         owners = torch.arange(len(some)).repeat_interleave(places.shape[1])
-        origins = grid.origins[places].flatten(0, 1)
+        origins = grid.origins[places]
         patches = crop_from(
-            model.local_view(some), owners.to(device), origins.to(device), PATCH_SIZE
+            model.local_view(some),
+            owners.to(device),
+            origins.flatten(0, 1).to(device),
+            PATCH_SIZE,
         )
         changed = distorted(patches, settings, generator)
         other = model.local_net(normalise(changed)).unflatten(0, (len(some), -1))
-        rows = torch.arange(len(some))[:, None]
-        clean, around = (features[rows, places] for features in model.grid_features(some, plan))
+        if every is not None:
+            clean, around = model.grid_features(some, every)
+        else:
+            if dense is not None:
+                rows = torch.arange(len(some))[:, None]
+                view = normalise(model.local_view(some))
+                clean = model.local_net.dense(view, dense)[rows, places]
+            else:
+                clean = model.local_net(normalise(patches)).unflatten(0, (len(some), -1))
+            holes = model.plan_holes(origins, device=device)
+            around = model.global_net.shared_features(normalise(some), holes)
         parts.append((clean, other.to(clean), around))
     clean, other, around = (torch.cat(features) for features in zip(*parts, strict=True))
     if drawn:

@@ -115,6 +115,15 @@ def distorted(patches: Tensor, settings: TrainSettings, generator: torch.Generat
     return stain(patches, generator, STAINS[settings.stains])
 
 
+def dense_plan(model: Glance, grid: PatchGrid | None, patches: float) -> LocalPlan | None:
+    """How Local-Net describes all patches of a grid, if that is less work than so many alone."""
+    if grid is None:
+        return None
+    plan = model.local_net.plan(grid.starts)
+    alone = pass_multiply_adds(model.local_net.layers, PATCH_SIZE, PATCH_SIZE)
+    return plan if plan.multiply_adds < patches * alone else None
+
+
 class Seen(NamedTuple):
     """What a process sees in a step.
 
@@ -200,14 +209,6 @@ class StepPatches:
             images = self._view(images.to(self._wide))
         return crop_from(images, owners, origins, PATCH_SIZE).to(self._wide)
 
-    def _dense_plan(self, model: Glance, patches: float) -> LocalPlan | None:
-        """The plan for all patches of an image, if that is less work than so many alone."""
-        if self._grid is None:
-            return None
-        plan = model.local_net.plan(self._grid.starts)
-        alone = pass_multiply_adds(model.local_net.layers, PATCH_SIZE, PATCH_SIZE)
-        return plan if plan.multiply_adds < patches * alone else None
-
 
 class FreshPatches(StepPatches):
     """Draws each step's patches anew; features of clean ones are kept where that is cheaper."""
@@ -225,7 +226,7 @@ class FreshPatches(StepPatches):
         draws = settings.steps * settings.batch_size / len(images) / world.size
         patches = 0 if self._grid is None else len(images) * len(self._grid)
         fits = patches * self._feature_bytes <= _KEPT_BYTES
-        self._plan = self._dense_plan(model, draws) if fits else None
+        self._plan = dense_plan(model, self._grid, draws) if fits else None
         self._kept: dict[int, Tensor] = {}
 
     def __call__(self, generator: torch.Generator) -> Seen:
@@ -288,7 +289,7 @@ class KeptPatches(StepPatches):
         size = -(-draws // (settings.stain_uses * len(images)))
         most = _KEPT_BYTES // (2 * self._feature_bytes * len(images))
         self.size = max(1, min(size, most))
-        self._plan = self._dense_plan(model, self.size)
+        self._plan = dense_plan(model, self._grid, self.size)
         self._kept: dict[int, Tensor] = {}
 
     def __call__(self, generator: torch.Generator) -> Seen:

@@ -1,5 +1,6 @@
 """Further training of the distortion head, with both networks frozen."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +12,18 @@ from torch import Tensor
 from glance_ext.data.grid import patch_grid
 from glance_ext.data.patches import crop_from
 from glance_ext.engine import head as module
+from glance_ext.engine import step_patches
 from glance_ext.engine.detector import MODEL_FILE, Detector
 from glance_ext.engine.distill import load_local_net
 from glance_ext.engine.head import head_stage
-from glance_ext.engine.loop import Trainer
+from glance_ext.engine.loop import Trainer, step_generator
 from glance_ext.engine.settings import TrainSettings
 from glance_ext.engine.train import train
 from glance_ext.errors import Interrupted
 from glance_ext.models.glance import PATCH_SIZE, Glance
+from glance_ext.models.global_net import GlobalNet
 from glance_ext.models.normalisation import normalise
+from glance_ext.nn import HolePlan
 
 CPU = torch.device("cpu")
 SETTINGS = TrainSettings(
@@ -88,9 +92,17 @@ def test_it_learns_from_all_patches_of_the_grid_each_once_distorted(
         torch.testing.assert_close(around, model.grid_features(images[:9].float(), plan)[1])
 
 
+@pytest.mark.parametrize("dense", [False, True])
 def test_of_a_fine_grid_it_learns_from_some_patches_of_every_image(
-    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch
+    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch, dense: bool
 ) -> None:
+    """Local-Net describes those alone, or all of the grid where that is less work."""
+    real_plan = step_patches.dense_plan
+    monkeypatch.setattr(
+        module,
+        "dense_plan",
+        lambda model, grid, _: real_plan(model, grid, math.inf if dense else 0),
+    )
     monkeypatch.setattr(module, "_MOST_IMAGES", 9)
     monkeypatch.setattr(module, "_MOST_PATCHES", 80)  # 8 of each image
     monkeypatch.setattr(module, "_LEAST_PATCHES", 8)
@@ -110,6 +122,14 @@ def test_of_a_fine_grid_it_learns_from_some_patches_of_every_image(
     with torch.no_grad():
         expected = model.local_net(normalise(patches)).reshape(18, 4, 8)
     torch.testing.assert_close(clean, expected, rtol=1e-3, atol=1e-4)
+    grid = patch_grid("2", image_size=42)
+    every = model.grid_features(images[:9].float(), model.plan(grid.starts, grid.starts))[1]
+    places = [
+        torch.randint(36, (size, 8), generator=step_generator(settings.seed, "features", first))
+        for first, size in ((0, 8), (8, 1))
+    ]
+    expected = every[torch.arange(9)[:, None], torch.cat(places)].reshape(18, 4, 8)
+    torch.testing.assert_close(around, expected, rtol=1e-3, atol=1e-4)
     groups = {tuple(group) for group in patches.flatten(1)[:, 0].reshape(9, 8).tolist()}
     assert len(groups) == 9  # not the same places' pixels again
 
@@ -122,13 +142,13 @@ def test_where_not_all_patches_are_kept_fewer_images_are_described(
     monkeypatch.setattr(module, "_MOST_IMAGES", 9)
     monkeypatch.setattr(module, "_MOST_PATCHES", 80)
     monkeypatch.setattr(module, "_LEAST_PATCHES", 16)
-    real, seen = Glance.grid_features, []
+    real, seen = GlobalNet.shared_features, []
 
-    def spy(self: Glance, some: Tensor, plan: object) -> tuple[Tensor, Tensor]:
-        seen.append(len(some))
+    def spy(self: GlobalNet, some: Tensor, plan: HolePlan) -> Tensor:
+        seen.append((len(some), plan.origins.shape[-2]))
         return real(self, some, plan)
 
-    monkeypatch.setattr(Glance, "grid_features", spy)
+    monkeypatch.setattr(GlobalNet, "shared_features", spy)
     batches = []
     clean, _, _ = module._features(
         model,
@@ -138,7 +158,9 @@ def test_where_not_all_patches_are_kept_fewer_images_are_described(
         lambda firsts: batches.append(firsts) or firsts,
     )
     assert batches == [range(0, count, 8)]  # a bar can show how far it is
-    assert sum(seen) == count
+    assert sum(images for images, _ in seen) == count
+    holes = 16 if grid == "2" else 4  # of the patches that are kept, no others
+    assert all(found == holes for _, found in seen)
     assert clean.shape[:2] == ((5 * 4, 4) if grid == "2" else (9, 4))
 
 
