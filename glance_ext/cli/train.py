@@ -118,6 +118,12 @@ def training_options(command: Any) -> Any:
             "own.",
         ),
         click.option(
+            "--memory-all/--no-memory-all",
+            default=None,
+            help="Once calibrated, fill the memory anew from the held-out images too, or keep that "
+            "of images trained on.",
+        ),
+        click.option(
             "--distortion",
             type=click.Choice(["stain", "turn"]),
             help="What the distortion head learns to tell from good patches: stains, as in the "

@@ -71,6 +71,8 @@ class TrainSettings:
         memory_of: What is kept and compared: ``"context"`` for what the first layers of a
             pretrained network see at a patch in its image, ``"teacher"`` for the teacher's features
             as Local-Net's decoder tells them, ``"local"`` for Local-Net's own.
+        memory_all: Whether, once the model is calibrated with a memory of images it was trained on,
+            the memory is filled anew from those held out too: so no good image is new to it.
         image_score: What of its map an image's score is: ``"max"``, ``"contrast"`` for the
             greatest value above the map's median, or ``"mean"``.
         aggregation: How patches become a map; see ``aggregate_patch_scores``.
@@ -111,6 +113,7 @@ class TrainSettings:
     memory_size: int = 2000
     memory_share: float = 0.5
     memory_of: str = "context"
+    memory_all: bool = True
     image_score: str = "max"
     aggregation: str = "gaussian"
     grid: str = "4"

@@ -223,6 +223,18 @@ def train_loaded(
         )
         return read(bar)
 
+    def fill_memory(more: Sequence[Tensor | Path] | Images = ()) -> None:
+        some = _some_of(images, more, _MEMORY_IMAGES, settings.seed)
+        shown: Images = Turned(some) if settings.turns else some
+        fit_memory(
+            model,
+            with_progress(shown, "memory"),
+            count=len(shown),
+            grid=settings.grid,
+            seed=settings.seed,
+            device=device,
+        )
+
     if settings.whiten:
         # Not on the held-out images: scores of what the scale was fitted to are lower than those
         # of images to come, and a threshold from them would flag more than it promises. Over
@@ -238,16 +250,7 @@ def train_loaded(
             model.memory.learn_decoder(
                 distilled.decoder, distilled.teacher_mean, distilled.teacher_std
             )
-        kept = images[torch.tensor(_spread(len(images), _MEMORY_IMAGES))]
-        shown: Images = Turned(kept) if settings.turns else kept
-        fit_memory(
-            model,
-            with_progress(shown, "memory"),
-            count=len(shown),
-            grid=settings.grid,
-            seed=settings.seed,
-            device=device,
-        )
+        fill_memory()
     calibration = calibrate(
         model,
         with_progress(held_out or [images[0]], "calibrate"),
@@ -262,6 +265,8 @@ def train_loaded(
         memory_share=settings.memory_share,
         surprisal=settings.surprisal,
     )
+    if model.memory is not None and settings.memory_all and not optimistic:
+        fill_memory(held_out)
     record: dict[str, Any] = {
         **settings.to_json(),
         "images": normal.count,
@@ -278,6 +283,24 @@ def _spread(count: int, most: int) -> list[int]:
     """At most so many indices below ``count``, evenly spread."""
     step = max(1.0, count / most)
     return [int(i * step) for i in range(min(count, most))]
+
+
+def _some_of(
+    images: Tensor | Enlarged, more: Sequence[Tensor | Path] | Images, most: int, seed: int
+) -> Tensor:
+    """At most so many of both together, evenly spread, ``(n, 3, 256, 256)``; windows of files."""
+    files = [path for path in more if isinstance(path, Path)]
+    others = [image for image in more if isinstance(image, Tensor)]
+    if files:
+        others += load_windows(files, seed, _unheard)[0]
+    count = len(images)
+    picks = _spread(count + len(others), most)
+    some = [images[i] if i < count else others[i - count] for i in picks]
+    return torch.stack([image.to(some[0]) for image in some])
+
+
+def _unheard(error: InputError) -> None:
+    """A file that was told of before."""
 
 
 def _check_output(output: Path, resume: bool) -> None:

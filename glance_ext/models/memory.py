@@ -45,6 +45,7 @@ class FeatureMemory(nn.Module):
         self, size: int, features: int = 128, taught: int = 0, layers: Sequence[int] = ()
     ) -> None:
         super().__init__()
+        self.size = size
         self.taught = taught
         self.layers = list(layers) or [taught or features]
         self.decoder = nn.Linear(features, taught).requires_grad_(False) if taught else None
@@ -88,6 +89,8 @@ class FeatureMemory(nn.Module):
     def fit(self, features: Tensor, generator: torch.Generator) -> None:
         """Keeps the directions of a coreset of ``features``, or of all if they are fewer.
 
+        What was kept before is forgotten.
+
         Args:
             features: Of normal patches, ``(M, n)``.
             generator: Of the projection in which it is chosen.
@@ -101,7 +104,7 @@ class FeatureMemory(nn.Module):
         spread = features.std(0, correction=0)
         self.spread.copy_(spread.clamp_min(1e-3 * float(spread.max()) + 1e-12))
         directions = self.directions(features)
-        picks = coreset(directions, len(self.kept), generator)
+        picks = coreset(directions, self.size, generator)
         self.kept = directions[picks.to(features.device)]
 
 

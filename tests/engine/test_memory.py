@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from glance_ext.data.datasets import split_held_out
 from glance_ext.data.grid import patch_grid
 from glance_ext.data.images import load_image
 from glance_ext.engine.checkpoint import load_checkpoint
@@ -20,6 +21,7 @@ from glance_ext.errors import GlanceError
 from glance_ext.models.context_net import ContextNet
 from glance_ext.models.glance import Glance
 from glance_ext.models.local_net import LocalNet
+from glance_ext.models.memory import FeatureMemory
 from glance_ext.models.normalisation import normalise
 from tests.engine import test_detector
 
@@ -119,6 +121,51 @@ def test_training_fills_it_and_the_detector_keeps_it(
     without = replace(calibration, novelty=None).mix(scores)
     torch.testing.assert_close(calibration.mix(scores), 0.75 * novel + 0.25 * without)
     assert not torch.allclose(calibration.mix(scores), without)
+
+
+@pytest.mark.parametrize("tile", [False, True])
+def test_held_out_images_are_kept_too_once_it_is_calibrated(
+    tmp_path: Path, pictures: list[Path], local_net_file: Path, tile: bool
+) -> None:
+    settings = TrainSettings(
+        steps=1,
+        batch_size=4,
+        grid="33",
+        positions="33",
+        turns=False,
+        tile=tile,
+        memory_size=1000,
+        held_out_share=0.34,
+    )
+    both = {}
+    for everything in (True, False):
+        result = train(
+            pictures,
+            replace(settings, memory_all=everything),
+            output=tmp_path / f"{tile}-{everything}",
+            local_net=local_net_file,
+            show_progress=False,
+        )
+        both[everything] = result.detector
+    assert result.held_out == 2
+    assert both[True].calibration == both[False].calibration  # by images new to the memory
+    _, held_out = split_held_out(pictures, 0.34, settings.seed)
+    novelty = {
+        everything: [
+            float(detector.score_patches(detector.prepare(load_image(path))[None]).novelty.max())
+            for path in held_out
+        ]
+        for everything, detector in both.items()
+    }
+    assert max(novelty[True]) < 0.01 < min(novelty[False])
+
+
+def test_a_memory_that_was_not_full_takes_more_the_next_time() -> None:
+    memory = FeatureMemory(5, 3)
+    generator = torch.Generator().manual_seed(0)
+    for count, expected in ((2, 2), (9, 5), (4, 4)):
+        memory.fit(torch.rand(count, 3), generator)
+        assert len(memory) == expected
 
 
 @pytest.mark.parametrize("patch_scale", [1, 6])
