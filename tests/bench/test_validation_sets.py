@@ -42,6 +42,15 @@ def test_a_defect_lies_on_the_object() -> None:
         assert mask[120:230, 10:120].sum() > 0.9 * mask.sum()
 
 
+def test_where_no_defect_shows_well_the_clearest_is_drawn() -> None:
+    slope = np.broadcast_to(np.linspace(0, 1, 256)[:, None, None], (256, 256, 3)).copy()
+    damaged, mask = sets.damage(slope, "smear", np.random.default_rng(0))
+    assert mask.any()
+    assert np.abs(damaged - slope)[mask].mean() < sets.LEAST_CHANGE
+    with pytest.raises(ValueError, match="smear: expected an image with something in it"):
+        sets.damage(np.full((256, 256, 3), 0.5), "smear", np.random.default_rng(0))
+
+
 def test_a_set_has_the_mvtec_layout_and_every_good_image_comes_back_damaged(
     tmp_path: Path, tile: np.ndarray
 ) -> None:
