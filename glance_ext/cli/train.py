@@ -124,6 +124,17 @@ def training_options(command: Any) -> Any:
             "of images trained on.",
         ),
         click.option(
+            "--context-steps",
+            type=click.IntRange(0),
+            help="Steps of a second distortion head, over what a memory of context compares, which "
+            "sees a stain in its image; 0 for none, as in the paper.",
+        ),
+        click.option(
+            "--context-share",
+            type=click.FloatRange(0, 1),
+            help="Its share in what both distortion heads say.",
+        ),
+        click.option(
             "--distortion",
             type=click.Choice(["stain", "turn"]),
             help="What the distortion head learns to tell from good patches: stains, as in the "

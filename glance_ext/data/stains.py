@@ -85,6 +85,40 @@ def stain(
     return (patches + alpha.to(patches) * change).clamp(0, 1)
 
 
+def stain_images(
+    images: Tensor, side: int, generator: torch.Generator, settings: StainSettings | None = None
+) -> Tensor:
+    """Puts stains all over images, each on a cell of its own, and leaves most cells as they are.
+
+    Args:
+        images: ``(N, 3, h, w)``, RGB in [0, 1], no smaller than a cell.
+        side: Of a square cell in pixels. A third of them, and at least one, get a stain; where the
+            cells lie is random.
+        generator: A CPU generator; everything random comes from it.
+        settings: See :class:`StainSettings`.
+
+    Returns:
+        Stained images of the same shape; ``images`` is not changed.
+    """
+    changed = images.clone()
+    rows, columns = (size // side for size in images.shape[-2:])
+    for image in changed:
+        top, left = (
+            int(torch.randint(size % side + 1, (), generator=generator))
+            for size in images.shape[-2:]
+        )
+        picks = torch.randperm(rows * columns, generator=generator)
+        corners = [
+            (top + pick // columns * side, left + pick % columns * side)
+            for pick in picks[: max(1, rows * columns // 3)].tolist()
+        ]
+        cells = [image[:, y : y + side, x : x + side] for y, x in corners]
+        stained = stain(torch.stack(cells), generator, settings)
+        for cell, other in zip(cells, stained, strict=True):
+            cell.copy_(other)
+    return changed
+
+
 def turn(patches: Tensor, generator: torch.Generator) -> Tensor:
     """Turns each patch by one, two or three quarters of a circle. Not in the paper.
 

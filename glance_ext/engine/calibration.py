@@ -104,6 +104,8 @@ class Calibration:
         log_odds: Scale of the distortion head's log-odds.
         novelty: Scale of the novelty, or None without it.
         memory_share: Share of the novelty in a patch's score, beside what both heads make.
+        context_log_odds: Scale of those of the distortion head in context, or None without it.
+        context_share: Its share in what both distortion heads say.
         held_out_scores: Image scores of the held-out normal images.
         pixel_range: Of their maps' medians and 99th percentiles the median each, for the colours of
             heatmaps; one odd image among them does not move these.
@@ -125,20 +127,25 @@ class Calibration:
     image_score: str = "max"
     novelty: HeadScale | None = None
     memory_share: float = 0.0
+    context_log_odds: HeadScale | None = None
+    context_share: float = 0.0
 
     def mix(self, scores: HeadScores) -> Tensor:
         """``s = lambda_s s_IAD + (1 - lambda_s) s_DAD`` (paper, equation 8).
 
         On one scale, the distortion head speaks through its log-odds: its probability saturates
-        near 0 on normal patches, where a standard deviation would say nothing. A model that has the
-        novelty too takes its share of that, and the rest of both heads.
+        near 0 on normal patches, where a standard deviation would say nothing. Where there is a
+        distortion head in context, both take their share. A model that has the novelty too takes
+        its share of that, and the rest of the heads.
         """
         if not self.standardise:
             return self.lambda_s * scores.inconsistency + (1 - self.lambda_s) * scores.distortion
         inconsistent = self.inconsistency(scores.inconsistency)
-        of_heads = self.lambda_s * inconsistent + (1 - self.lambda_s) * self.log_odds(
-            scores.log_odds
-        )
+        distorted = self.log_odds(scores.log_odds)
+        if self.context_log_odds is not None and scores.context_log_odds is not None:
+            in_context = self.context_log_odds(scores.context_log_odds)
+            distorted = self.context_share * in_context + (1 - self.context_share) * distorted
+        of_heads = self.lambda_s * inconsistent + (1 - self.lambda_s) * distorted
         if self.novelty is None or scores.novelty is None:
             return of_heads
         novel = self.novelty(scores.novelty)
@@ -166,7 +173,10 @@ class Calibration:
                 **value,
                 "inconsistency": HeadScale.from_json(value["inconsistency"]),
                 "log_odds": HeadScale.from_json(value["log_odds"]),
-                "novelty": HeadScale.from_json(value["novelty"]) if value.get("novelty") else None,
+                **{
+                    name: HeadScale.from_json(value[name]) if value.get(name) else None
+                    for name in ("novelty", "context_log_odds")
+                },
                 "held_out_scores": tuple(value["held_out_scores"]),
                 "pixel_range": tuple(value["pixel_range"]),
             }

@@ -144,6 +144,7 @@ class Detector:
             if min(memory_size, memory_features) < 0:
                 raise ValueError(f"memory_size {memory_size}, memory_features {memory_features}")
             memory_context = bool(metadata.get("memory_context", False)) and memory_size > 0
+            context_head = bool(metadata.get("context_head", False)) and memory_context
             calibration = Calibration.from_json(metadata["calibration"])
             settings = dict(metadata["settings"])
         except (KeyError, TypeError, ValueError) as error:
@@ -156,6 +157,7 @@ class Detector:
             memory_size=memory_size,
             memory_features=memory_features,
             memory_context=memory_context,
+            context_head=context_head,
         )
         load_module(model, tensors, "model", file)
         return cls(model, calibration, settings, **options)
@@ -172,6 +174,7 @@ class Detector:
             "memory_size": 0 if memory is None else len(memory),
             "memory_features": 0 if memory is None else memory.taught,
             "memory_context": self.model.context_net is not None,
+            "context_head": self.model.context_head is not None,
             "calibration": self.calibration.to_json(),
             "settings": self.settings,
         }
@@ -338,6 +341,7 @@ def calibrate(
     device: torch.device,
     image_score: str = "max",
     memory_share: float = 0.0,
+    context_share: float = 0.0,
     surprisal: bool = False,
 ) -> Calibration:
     """Measures the heads' scales and the image scores of held-out normal images.
@@ -355,6 +359,7 @@ def calibrate(
         device: Where to compute.
         image_score: What of its map an image's score is.
         memory_share: Share of the novelty in a patch's score, if the model has one.
+        context_share: Share of the distortion head in context beside the other, if there is one.
         surprisal: Whether that scale is the surprisal, or else mean 0 and variance 1.
     """
     scale = HeadScale(0.0, 1.0)
@@ -371,6 +376,7 @@ def calibrate(
         tile=tile,
         image_score=image_score,
         memory_share=memory_share if model.memory is not None else 0.0,
+        context_share=context_share if model.context_head is not None else 0.0,
     )
     detector = Detector(model, draft, device=device)
     scored = []  # for each image its canvas and its windows' scores: scales come before maps
@@ -383,11 +389,13 @@ def calibrate(
         scored.append((canvas, parts))
     every = [part for _, parts in scored for part in parts]
     novelties = [part.novelty for part in every if part.novelty is not None]
+    in_context = [part.context_log_odds for part in every if part.context_log_odds is not None]
     detector.calibration = draft = replace(
         draft,
         inconsistency=head_scale([part.inconsistency for part in every], surprisal),
         log_odds=head_scale([part.log_odds for part in every], surprisal),
         novelty=head_scale(novelties, surprisal) if novelties else None,
+        context_log_odds=head_scale(in_context, surprisal) if in_context else None,
     )
     peaks, quantiles = [], []
     for canvas, parts in scored:

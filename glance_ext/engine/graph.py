@@ -44,12 +44,7 @@ class GraphedFunction:
         with torch.cuda.device(self._input.device):
             self._input.copy_(images)
             self._graph.replay()
-            return HeadScores(
-                self._output.inconsistency.clone(),
-                self._output.distortion.clone(),
-                self._output.log_odds.clone(),
-                None if self._output.novelty is None else self._output.novelty.clone(),
-            )
+            return self._output.map(torch.clone)
 
     def _capture(self) -> None:
         with torch.cuda.device(self._input.device):

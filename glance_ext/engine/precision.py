@@ -44,7 +44,7 @@ def networks_in(model: Glance, dtype: torch.dtype) -> Glance:
         return model
     converted = copy.deepcopy(model).to(dtype)
     if dtype != torch.float64:
-        for name in ("distortion_head", "residual_scale", "memory"):
+        for name in ("distortion_head", "residual_scale", "memory", "context_head"):
             head = copy.deepcopy(getattr(model, name))
             setattr(converted, name, head if head is None else head.to(torch.float32))
     return converted

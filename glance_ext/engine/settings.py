@@ -19,6 +19,12 @@ LOCAL_NETS = ("fine", "deep")
 MEMORY_OF = ("context", "teacher", "local")
 
 
+def _has_context(settings: TrainSettings) -> bool:
+    """Whether a distortion head in context has features to see and stains to learn."""
+    remembers = settings.memory_size > 0 and settings.memory_of == "context"
+    return remembers and settings.distortion == "stain"
+
+
 @dataclass(frozen=True)
 class TrainSettings:
     """Settings of stages 2 and 3 and of calibration.
@@ -73,6 +79,10 @@ class TrainSettings:
             as Local-Net's decoder tells them, ``"local"`` for Local-Net's own.
         memory_all: Whether, once the model is calibrated with a memory of images it was trained on,
             the memory is filled anew from those held out too: so no good image is new to it.
+        context_steps: Steps of a second distortion head, over what a memory of ``"context"``
+            compares, which learns to tell stains that are all over images from what is beside them;
+            0 for none, as in the paper.
+        context_share: Its share in what both distortion heads say.
         image_score: What of its map an image's score is: ``"max"``, ``"contrast"`` for the
             greatest value above the map's median, or ``"mean"``.
         aggregation: How patches become a map; see ``aggregate_patch_scores``.
@@ -114,6 +124,8 @@ class TrainSettings:
     memory_share: float = 0.5
     memory_of: str = "context"
     memory_all: bool = True
+    context_steps: int = 0
+    context_share: float = 0.5
     image_score: str = "max"
     aggregation: str = "gaussian"
     grid: str = "4"
@@ -168,6 +180,17 @@ class TrainSettings:
             raise GlanceError(
                 f"memory share: expected a share between 0 and 1, got {self.memory_share}"
             )
+        if self.context_steps < 0:
+            raise GlanceError(f"context steps: expected at least 0, got {self.context_steps}")
+        if self.context_steps and not _has_context(self):
+            raise GlanceError(
+                "context steps: expected 0 without a memory of context, and where the distortion "
+                f"is no stain, got {self.context_steps}"
+            )
+        if not 0 <= self.context_share <= 1:
+            raise GlanceError(
+                f"context share: expected a share between 0 and 1, got {self.context_share}"
+            )
         if self.memory_of not in MEMORY_OF:
             raise GlanceError(
                 f"memory of: expected one of {', '.join(MEMORY_OF)}, got {self.memory_of!r}"
@@ -216,7 +239,7 @@ class TrainSettings:
 
 PRESETS: dict[str, TrainSettings] = {
     "quick": TrainSettings(steps=200),
-    "default": TrainSettings(head_steps=1500),
+    "default": TrainSettings(head_steps=1500, context_steps=2000),
     "paper": TrainSettings(
         local_net="deep",
         fine_tune_steps=50_000,
@@ -247,7 +270,8 @@ def preset(name: str, **changes: Any) -> TrainSettings:
     Where the grid has patches that training would never see, and no positions are named, training
     sees patches anywhere: Global-Net answers badly for holes at alignments that it never met.
     Where the distortion head learns to tell turned patches, images are not turned, unless that is
-    asked for.
+    asked for. Without a memory of context, or without stains, there is no distortion head in
+    context.
 
     Raises:
         GlanceError: The name is unknown or a value means nothing.
@@ -257,10 +281,17 @@ def preset(name: str, **changes: Any) -> TrainSettings:
     changes = {k: v for k, v in changes.items() if v is not None}
     if changes.get("distortion") == "turn":
         changes.setdefault("turns", False)
-    settings = replace(PRESETS[name], **changes)
+    base = PRESETS[name]
+    if not _has_context(replace(base, context_steps=0, **_without(changes, "context_steps"))):
+        changes.setdefault("context_steps", 0)
+    settings = replace(base, **changes)
     if changes.get("positions") is None and not learnt(settings.grid, settings.positions):
         return replace(settings, positions="uniform")
     return settings
+
+
+def _without(changes: dict[str, Any], name: str) -> dict[str, Any]:
+    return {key: value for key, value in changes.items() if key != name}
 
 
 def learnt(grid: str, positions: str) -> bool:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from glance_ext.data.datasets import split_held_out
 from glance_ext.data.images import load_image, resize
 from glance_ext.data.patches import Enlarged, Images, Turned, fingerprint, load_training_images
+from glance_ext.engine.context_head import context_stage
 from glance_ext.engine.detector import MODEL_FILE, Detector, calibrate
 from glance_ext.engine.distill import (
     DistilledNet,
@@ -179,6 +180,7 @@ def train_loaded(
         memory_size=settings.memory_size,
         memory_features=len(distilled.teacher_mean) if settings.memory_of == "teacher" else 0,
         memory_context=settings.memory_size > 0 and settings.memory_of == "context",
+        context_head=settings.context_steps > 0,
     ).to(device)
     if model.context_net is not None:
         load_context_net(model.context_net)
@@ -211,6 +213,10 @@ def train_loaded(
     trainer.restore_modules({"model": model})
     if settings.head_steps:
         trainer.run(head_stage(model, views, settings, device, bar_over_features))
+        trainer.restore_modules({"model": model})
+
+    if settings.context_steps:
+        trainer.run(context_stage(model, views, settings, device, bar_over_features))
         trainer.restore_modules({"model": model})
 
     def with_progress(some: Sequence[Tensor | Path] | Images, what: str) -> Iterator[Tensor]:
@@ -263,6 +269,7 @@ def train_loaded(
         device=device,
         image_score=settings.image_score,
         memory_share=settings.memory_share,
+        context_share=settings.context_share,
         surprisal=settings.surprisal,
     )
     if model.memory is not None and settings.memory_all and not optimistic:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from glance_ext.data.patches import crop_patches
 from glance_ext.models.context_net import ContextNet
 from glance_ext.models.global_net import GlobalNet, hole_masks
-from glance_ext.models.heads import DistortionHead, ResidualScale, distortion, inconsistency
+from glance_ext.models.heads import (
+    ContextHead,
+    DistortionHead,
+    ResidualScale,
+    distortion,
+    inconsistency,
+)
 from glance_ext.models.local_net import LocalNet
 from glance_ext.models.local_plan import LocalPlan
 from glance_ext.models.memory import FeatureMemory
@@ -34,12 +40,22 @@ class HeadScores:
         log_odds: The distortion head's log-odds of being distorted, the same shape.
         novelty: Distance to the nearest normal patch that is kept, the same shape; None where the
             model has no :class:`~glance_ext.models.memory.FeatureMemory`.
+        context_log_odds: The log-odds of being distorted of the distortion head in context, the
+            same shape; None where the model has no :class:`~glance_ext.models.heads.ContextHead`.
     """
 
     inconsistency: Tensor
     distortion: Tensor
     log_odds: Tensor
     novelty: Tensor | None = None
+    context_log_odds: Tensor | None = None
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> HeadScores:
+        """Each score that there is, changed."""
+        scores = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(
+            self, **{n: change(score) for n, score in scores.items() if score is not None}
+        )
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,7 @@ class Glance(nn.Module):
             Local-Net's own.
         memory_context: Whether they are a :class:`~glance_ext.models.context_net.ContextNet`'s
             instead, whose weights are still to be loaded.
+        context_head: Whether these features have a distortion head of their own.
     """
 
     def __init__(
@@ -93,12 +110,15 @@ class Glance(nn.Module):
         memory_size: int = 0,
         memory_features: int = 0,
         memory_context: bool = False,
+        context_head: bool = False,
     ) -> None:
         if memory_context and (memory_features or not memory_size):
             raise ValueError(
                 "Glance: expected a memory_size above 0 and memory_features of 0 with "
                 f"memory_context, got {memory_size} and {memory_features}"
             )
+        if context_head and not memory_context:
+            raise ValueError("Glance: expected memory_context with context_head, got neither")
         super().__init__()
         self.patch_scale = patch_scale
         self.local_net = local_net
@@ -107,6 +127,7 @@ class Glance(nn.Module):
         self.residual_scale = ResidualScale(local_net.features, whiten_over) if whiten else None
         self.memory = None
         self.context_net = ContextNet() if memory_context else None
+        self.context_head = ContextHead(ContextNet.FEATURES) if context_head else None
         if memory_context:
             self.memory = FeatureMemory(memory_size, ContextNet.FEATURES, layers=ContextNet.LAYERS)
         elif memory_size:
@@ -142,12 +163,7 @@ class Glance(nn.Module):
             global_features[:, None],
             self.context_features(images, origins[:, None]),
         )
-        return HeadScores(
-            scores.inconsistency[:, 0],
-            scores.distortion[:, 0],
-            scores.log_odds[:, 0],
-            None if scores.novelty is None else scores.novelty[:, 0],
-        )
+        return scores.map(lambda score: score[:, 0])
 
     def patch_features(self, images: Tensor, origins: Tensor) -> tuple[Tensor, Tensor]:
         """Local and global features, ``(B, n)`` each, of one patch of each image."""
@@ -198,6 +214,7 @@ class Glance(nn.Module):
             distortion(log_odds),
             -log_odds,
             None if self.memory is None else self.memory(compared),
+            None if self.context_head is None else -self.context_head(compared),
         )
 
     def plan(

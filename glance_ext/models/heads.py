@@ -102,6 +102,41 @@ class DistortionHead(nn.Module):
         return self.output(F.leaky_relu(self.hidden(x), 0.01)).squeeze(-1)
 
 
+class ContextHead(nn.Module):
+    """A distortion head over what a patch's surroundings and the patch are to a pretrained network.
+
+    The DAD head sees what Local-Net makes of a patch alone; a stain that looks like something
+    normal elsewhere is one only where it is. Linear n -> 128, LeakyReLU 0.01, Linear -> 1, over
+    channels at mean 0 and variance 1. Not in the paper.
+
+    Args:
+        features: n, the length of a :class:`~glance_ext.models.context_net.ContextNet`'s feature.
+        hidden: Width of the hidden layer.
+    """
+
+    mean: Tensor
+    spread: Tensor
+
+    def __init__(self, features: int, hidden: int = 128) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(features, hidden)
+        self.output = nn.Linear(hidden, 1)
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("spread", torch.ones(features))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Log-odds ``(B,)`` of being undistorted from ``(B, n)``."""
+        x = (features - self.mean) / self.spread
+        return self.output(F.leaky_relu(self.hidden(x), 0.01)).squeeze(-1)
+
+    @torch.no_grad()
+    def fit_scale(self, features: Tensor) -> None:
+        """Takes each channel's mean and spread over normal patches ``(M, n)``."""
+        spread = features.std(0, correction=0)
+        self.mean.copy_(features.mean(0))
+        self.spread.copy_(spread.clamp_min(1e-3 * float(spread.max()) + 1e-12))
+
+
 def distortion(log_odds: Tensor) -> Tensor:
     """``s_DAD = 1 - C(Z_l, Z_g)`` (paper, equation 7) from the head's log-odds, ``(B,)``."""
     return torch.sigmoid(-log_odds)

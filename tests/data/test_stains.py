@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from glance_ext.data.stains import STAINS, StainSettings, stain, turn
+from glance_ext.data.stains import STAINS, StainSettings, stain, stain_images, turn
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -36,6 +36,23 @@ def test_every_stain_shows_and_stays_small(kind: str) -> None:
     assert share.max() < 0.35
     assert share.mean() < 0.08
     assert share.min() > 0
+
+
+@pytest.mark.parametrize(("height", "width", "cells"), [(256, 256, 16), (36, 70, 1), (33, 33, 1)])
+def test_stains_all_over_an_image_leave_most_of_it(height: int, width: int, cells: int) -> None:
+    from scipy.ndimage import label
+
+    images = torch.rand((20, 3, height, width), generator=generator(2)) * 0.1 + 0.45
+    before = images.clone()
+    stained = stain_images(images, 33, generator())
+    assert torch.equal(images, before)
+    assert torch.equal(stained, stain_images(images, 33, generator()))
+    changed = (stained - images).abs().amax(1) > 0.02
+    blobs = [label(of_image.numpy())[1] for of_image in changed]
+    assert 0.7 * cells <= sum(blobs) / 20 <= 1.5 * cells  # two may touch, one may be in two
+    assert changed.float().mean((1, 2)).min() > 0
+    assert changed.float().mean((1, 2)).max() < 0.35
+    assert changed.any(0).float().mean() > 5 * changed.float().mean()  # others in each image
 
 
 def test_a_stain_is_one_blob() -> None:

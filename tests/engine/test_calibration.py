@@ -31,6 +31,7 @@ def calibration(**changes: object) -> Calibration:
     return Calibration(**{**values, **changes})  # type: ignore[arg-type]
 
 
+LATER = {"tile", "image_score", "novelty", "memory_share", "context_log_odds", "context_share"}
 SCORES = HeadScores(
     inconsistency=torch.tensor([[2.0, 3.0]]),
     distortion=torch.tensor([[0.0, 0.5]]),
@@ -131,20 +132,19 @@ def test_surprisal_takes_the_place_of_mean_and_deviation() -> None:
     assert scale.mean == head_scale(scores).mean
     assert torch.equal(scale(scores[0]), scale.surprisal(scores[0]))
     assert not torch.allclose(scale(scores[0]), head_scale(scores)(scores[0]))
-    original = calibration(inconsistency=scale, novelty=scale)
+    original = calibration(inconsistency=scale, novelty=scale, context_log_odds=scale)
     assert Calibration.from_json(json.loads(json.dumps(original.to_json()))) == original
 
 
 def test_incomplete_json_is_refused() -> None:
     value = calibration().to_json()
-    for key in value.keys() - {"tile", "image_score", "novelty", "memory_share"}:
+    for key in value.keys() - LATER:
         with pytest.raises((KeyError, TypeError)):
             Calibration.from_json({k: v for k, v in value.items() if k != key})
 
 
-def test_models_from_before_tiles_image_scores_and_memory_have_none() -> None:
-    value = calibration().to_json()
-    del value["tile"], value["image_score"], value["novelty"], value["memory_share"]
+def test_models_from_before_tiles_image_scores_memory_and_context_have_none() -> None:
+    value = {name: of for name, of in calibration().to_json().items() if name not in LATER}
     assert Calibration.from_json(value) == calibration(tile=False, image_score="max")
 
 

@@ -1,0 +1,155 @@
+"""The distortion head in context: what it is shown, what it learns, and its share of a score."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from glance_ext.data.grid import patch_grid
+from glance_ext.engine import context_head as module
+from glance_ext.engine.context_head import context_stage
+from glance_ext.engine.detector import MODEL_FILE, Detector
+from glance_ext.engine.distill import load_local_net
+from glance_ext.engine.loop import Trainer
+from glance_ext.engine.memory import load_context_net
+from glance_ext.engine.settings import TrainSettings, preset
+from glance_ext.engine.train import train
+from glance_ext.errors import GlanceError, Interrupted
+from glance_ext.models.glance import Glance
+from glance_ext.models.normalisation import normalise
+
+CPU = torch.device("cpu")
+SETTINGS = TrainSettings(
+    steps=1, batch_size=4, positions="33", grid="16", turns=False, memory_size=20, context_steps=60
+)
+
+
+@pytest.fixture
+def model(local_net_file: Path) -> Glance:
+    torch.manual_seed(0)
+    net = load_local_net(local_net_file).local_net
+    model = Glance(net, memory_size=20, memory_context=True, context_head=True)
+    load_context_net(model.context_net)
+    return model
+
+
+def test_it_is_shown_stains_in_their_image_and_what_none_touches(
+    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, seen = module.stain_images, []
+
+    def spy(views: Tensor, *args: object) -> Tensor:
+        seen.append((views, real(views, *args)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(module, "stain_images", spy)
+    monkeypatch.setattr(module, "_MOST_IMAGES", 2)
+    monkeypatch.setattr(module, "_STAINED", 10_000)
+    monkeypatch.setattr(module, "_CLEAN", 10_000)
+    distorted, clean = module._features(model, images, SETTINGS, CPU)
+    ((views, stained),) = seen
+    assert torch.equal(views, images[:2].float())
+    origins = patch_grid("16").origins
+    expected: dict[str, list[Tensor]] = {"distorted": [], "clean": []}
+    for view, changed in zip(views, stained, strict=True):
+        mask = (changed - view).abs().amax(0) > 0.02
+        of_view, of_changed = model.context_net.patch_features(
+            normalise(torch.stack((view, changed))), origins
+        )
+        for (row, column), before, after in zip(origins.tolist(), of_view, of_changed, strict=True):
+            expected["clean"].append(before)
+            if mask[row + 12 : row + 21, column + 12 : column + 21].float().mean() >= 0.3:
+                expected["distorted"].append(after)
+            elif not mask[row : row + 33, column : column + 33].any():
+                expected["clean"].append(after)
+    for got, of in ((distorted, expected["distorted"]), (clean, expected["clean"])):
+        assert len(got) == len(of)
+        between = torch.cdist(got.double(), torch.stack(of).double())
+        for axis in (0, 1):  # the same ones, in any order
+            assert between.amin(axis).max() < 1e-3
+
+
+def test_the_head_learns_and_nothing_else_does(
+    model: Glance, images: Tensor, tmp_path: Path
+) -> None:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer = Trainer(tmp_path / "state", {}, show_progress=False)
+    trainer.run(context_stage(model, images, SETTINGS, CPU))
+    losses = [value for _, value in trainer.history["context/loss"]]
+    assert losses[-1] < 0.5 * losses[0]
+    changed = {n for n, value in model.state_dict().items() if not torch.equal(value, before[n])}
+    names = ("hidden.weight", "hidden.bias", "output.weight", "output.bias", "mean", "spread")
+    assert changed == {f"context_head.{name}" for name in names}
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(
+    tmp_path: Path, pictures: list[Path], local_net_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str, resume: bool = False) -> dict[str, Tensor]:
+        return train(
+            pictures,
+            SETTINGS,
+            output=tmp_path / name,
+            local_net=local_net_file,
+            resume=resume,
+            show_progress=False,
+        ).detector.model.state_dict()
+
+    whole = run("whole")
+    real, calls = module.distortion_loss, []
+
+    def interrupted(*args: Tensor) -> Tensor:
+        calls.append(args)
+        if len(calls) == 30:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "distortion_loss", interrupted)
+        with pytest.raises((Interrupted, KeyboardInterrupt)):
+            run("parts")
+    for name, value in run("parts", resume=True).items():
+        assert torch.equal(value, whole[name]), name
+
+
+def test_its_share_of_a_score_is_calibrated_and_kept(
+    tmp_path: Path, pictures: list[Path], local_net_file: Path
+) -> None:
+    settings = replace(SETTINGS, context_share=0.75, memory_share=0)
+    train(
+        pictures,
+        settings,
+        output=tmp_path,
+        local_net=local_net_file,
+        show_progress=False,
+    )
+    detector = Detector.load(tmp_path / MODEL_FILE)
+    calibration = detector.calibration
+    image = np.random.default_rng(0).random((256, 256, 3), dtype=np.float32)
+    scores = detector.score_patches(detector.prepare(image)[None])
+    expected = 0.75 * calibration.context_log_odds(scores.context_log_odds)
+    expected = expected + 0.25 * calibration.log_odds(scores.log_odds)
+    torch.testing.assert_close(calibration.mix(scores), expected)
+    without = replace(calibration, context_log_odds=None)
+    torch.testing.assert_close(without.mix(scores), calibration.log_odds(scores.log_odds))
+
+
+def test_without_any_stain_in_a_patch_the_error_says_so(
+    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "stain_images", lambda views, *_: views)
+    with pytest.raises(GlanceError, match="expected a stain in the middle of a patch of 6 images"):
+        module._features(model, images, SETTINGS, CPU)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"memory_of": "teacher"}, {"memory_size": 0}, {"distortion": "turn"}]
+)
+def test_a_preset_goes_without_it_where_it_has_nothing_to_learn(changes: dict[str, object]) -> None:
+    assert preset("default").context_steps > 0
+    assert preset("default", **changes).context_steps == 0
+    with pytest.raises(GlanceError, match="context steps: expected 0 without a memory of context"):
+        preset("default", context_steps=5, **changes)
