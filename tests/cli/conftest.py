@@ -77,8 +77,8 @@ def local_net(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def short(local_net: Path) -> list[object]:
     """Options of a training that takes a second."""
-    options = ["--steps", 2, "--batch-size", 4, "--head-steps", 0, "--grid", 33]
-    return [*options, "--local-net", local_net]
+    options = ["--steps", 2, "--batch-size", 4, "--head-steps", 0, "--context-steps", 0]
+    return [*options, "--grid", 33, "--local-net", local_net]
 
 
 @pytest.fixture(scope="session")

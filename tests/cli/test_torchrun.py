@@ -34,7 +34,7 @@ def test_two_processes_have_the_loss_curve_of_one(
     good: Path, local_net: Path, tmp_path: Path
 ) -> None:
     batch = ["--normal", good, "--local-net", local_net, "--batch-size", 6, "--holes-per-image", 2]
-    batch += ["--head-steps", 21, "--no-turns"]
+    batch += ["--head-steps", 21, "--context-steps", 21, "--no-turns"]
     curves, weights = [], []
     for name, start in (("one", []), ("two", TORCHRUN)):
         output = tmp_path / name

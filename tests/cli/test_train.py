@@ -60,6 +60,7 @@ def test_the_same_seed_gives_the_same_file(
         (["--positions", "33"], "positions", "33"),
         (["--precision", "bfloat16"], "precision", "bfloat16"),
         (["--no-turns"], "turns", False),
+        (["--context-steps", "3"], "context_steps", 3),
     ],
 )
 def test_how_patches_are_drawn_is_a_setting_that_changes_the_losses(
@@ -80,9 +81,35 @@ def test_how_patches_are_drawn_is_a_setting_that_changes_the_losses(
     assert content["losses"] != json.loads((model / "train.json").read_text())["losses"]
 
 
+@pytest.mark.parametrize(
+    ("options", "setting", "value"),
+    [
+        (["--context-share", "0.25"], "context_share", 0.25),
+        (["--no-memory-all"], "memory_all", False),
+    ],
+)
+def test_what_comes_behind_the_steps_is_a_setting_too(
+    run: Run,
+    good: Path,
+    short: list[object],
+    tmp_path: Path,
+    options: list[str],
+    setting: str,
+    value: object,
+) -> None:
+    scores = {}
+    for name, more in (("plain", []), ("changed", options)):
+        base = ["train", "--normal", good, "-o", tmp_path / name, *short, "--context-steps", 3]
+        assert run(*base, *more).exit_code == 0
+        detector = Detector.load(tmp_path / name)
+        scores[name] = [detector.detect(path).score for path in sorted(good.iterdir())]
+    assert detector.settings[setting] == value
+    assert scores["plain"] != scores["changed"]
+
+
 def test_a_local_net_of_the_package_is_named(run: Run, good: Path, tmp_path: Path) -> None:
     base = ["train", "--normal", good, "--steps", 1, "--batch-size", 2, "--grid", 33,
-            "--head-steps", 0, "--memory-size", 4]  # fmt: skip
+            "--head-steps", 0, "--context-steps", 0, "--memory-size", 4]  # fmt: skip
     for name, more in (("fine", []), ("deep", ["--local-net", "deep"])):
         assert run(*base, "-o", tmp_path / name, *more).exit_code == 0
         detector = Detector.load(tmp_path / name)
