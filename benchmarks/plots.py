@@ -350,7 +350,8 @@ def network_table(runs: Iterable[Run], networks: Container[str] | None = None) -
 def train_table(runs: Iterable[Run]) -> str:
     """Steps of joint training: patches a second, and how many times those of other ways."""
     head = (
-        "machine, dtype", "patches lie", "patches an image", "reference ms", "patch by patch ms",
+        "machine, dtype", "patches lie", "patches an image", "uses of a stain", "reference ms",
+        "patch by patch ms",
         "ours ms, stained anew", "ours ms", "ours: patches a second", "reference / ours",
         "patch by patch / ours", "ours / limit",
     )  # fmt: skip
@@ -366,6 +367,7 @@ def train_table(runs: Iterable[Run]) -> str:
                     f"{run.machine}, {run.dtype}",
                     "anywhere" if where == "uniform" else f"on a stride-{where} grid",
                     str(shapes["holes_per_image"]),
+                    str(shapes.get("stain_uses", 4)),  # which earlier files do not say
                     ms(run.get(case, "reference")),
                     ms(run.get(case, "patches")),
                     ms(run.get(case, "ours-anew")),

@@ -48,23 +48,27 @@ class Shape:
         holes: Patches an image.
         positions: As in :class:`~glance_ext.engine.settings.TrainSettings`.
         batch: Patches in all.
+        stain_uses: As there; 4 is the default preset's.
     """
 
     holes: int
     positions: str = "4"
     batch: int = 32
+    stain_uses: int = 4
 
     @property
     def name(self) -> str:
         """As in the results' case names."""
         where = self.positions if self.positions == "uniform" else f"stride{self.positions}"
-        return f"train/joint/{where}_holes{self.holes}_b{self.batch}"
+        uses = "" if self.stain_uses == 4 else f"_uses{self.stain_uses}"
+        return f"train/joint/{where}_holes{self.holes}{uses}_b{self.batch}"
 
 
 SHAPES = (
     Shape(1, "uniform"),  # as the paper draws
     Shape(8, "uniform"),
     *(Shape(holes) for holes in (1, 4, 8, 16)),  # 8 is the default preset's
+    Shape(16, stain_uses=8),
 )
 QUICK_SHAPES = (Shape(2, "33", batch=4), Shape(1, "uniform", batch=2))
 
@@ -110,6 +114,7 @@ class _Step:
             batch_size=shape.batch,
             holes_per_image=shape.holes,
             positions=shape.positions,
+            stain_uses=shape.stain_uses,
             precision="bfloat16" if setup.dtype == torch.bfloat16 else "float32",
         )
 
@@ -134,6 +139,7 @@ class _Step:
                 "images": images_a_step(shape.batch, shape.holes),
                 "holes_per_image": shape.holes,
                 "positions": shape.positions,
+                "stain_uses": shape.stain_uses,
                 "checked_gradients": list(_WATCHED),
             },
             self._work(),

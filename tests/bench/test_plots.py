@@ -93,7 +93,7 @@ def test_a_training_steps_row_has_its_patches_a_second(tmp_path: Path) -> None:
     data = json.loads(path.read_text(encoding="utf-8"))
     case = next(iter(data["metadata"]["shapes"]))
     data["metadata"]["shapes"] = {
-        case: {"patches": 32, "holes_per_image": 8, "positions": "4", "images": 4}
+        case: {"patches": 32, "holes_per_image": 8, "positions": "4", "stain_uses": 8}
     }
     data["results"] = [
         {"case": case, "variant": variant, "median_ms": time}
@@ -103,7 +103,7 @@ def test_a_training_steps_row_has_its_patches_a_second(tmp_path: Path) -> None:
     (*_, row) = plots.train_table(plots.load(tmp_path, "train")).splitlines()
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1:] == [
-        "on a stride-4 grid", "8", "320", "-", "-", "64.0", "500", "5.00x", "-", "2.00x",
+        "on a stride-4 grid", "8", "8", "320", "-", "-", "64.0", "500", "5.00x", "-", "2.00x",
     ]  # fmt: skip
 
 

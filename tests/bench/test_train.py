@@ -31,8 +31,11 @@ def test_every_way_to_compute_a_step_gives_the_same_losses_and_gradients(setup) 
         assert sum(name.startswith("grad_") for name in results) == 3
 
 
-def test_our_step_meets_a_share_of_its_patches_for_the_first_time(setup, monkeypatch) -> None:
-    shape = suite.Shape(holes=4, positions="33", batch=8)
+@pytest.mark.parametrize("uses", [2, 4])
+def test_our_step_meets_a_share_of_its_patches_for_the_first_time(
+    setup, monkeypatch, uses: int
+) -> None:
+    shape = suite.Shape(holes=4, positions="33", batch=8, stain_uses=uses)
     step = suite._Step(setup, shape)
     run = step.case().variants["ours"].run
     run()
@@ -46,7 +49,7 @@ def test_our_step_meets_a_share_of_its_patches_for_the_first_time(setup, monkeyp
     for _ in range(3):
         described.clear()
         run()
-        assert sum(described) == 2 * 8 / step.settings.stain_uses  # clean and stained
+        assert sum(described) == 2 * 8 / uses  # clean and stained
 
 
 def test_a_wrong_step_is_noticed(setup, monkeypatch) -> None:
