@@ -47,6 +47,8 @@ def test_reproduce_shows_the_committed_figures(name: str) -> None:
         ("before", "before"),
         ("with novelty of `deep`", "deep"),
         ("with novelty of `fine`", "fine"),
+        ("a direction for each layer", "each"),
+        ("and a memory of held-out images too", "memory"),
         ("today's default", "0"),
     )
     for setting, file in settings:
@@ -103,6 +105,16 @@ def test_reproduce_shows_what_context_and_turned_images_bring() -> None:
     for row in found["layers"]:
         figures = [f"{row[key]:.3f}" for key in ("image_AUROC", "pixel_AUPRO")]
         assert [row["set"], f"`{row['layers']}`", *figures] in shown
+
+
+def test_reproduce_shows_what_the_head_in_context_and_held_out_images_bring() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "context_head.json").read_text())["results"]
+    shown = _rows(ROOT / "docs" / "reproduce.md")
+    assert len(found) == 4 * 5
+    for row in found:
+        words = [row["set"], "yes" if row["memory_all"] else "no", f"{row['context_share']:g}"]
+        figures = [f"{row[key]:.3f}" for key in ("image_AUROC", "pixel_AUPRO")]
+        assert [*words, *figures] in shown
 
 
 def test_reproduce_shows_the_committed_classes_of_cifar10() -> None:
