@@ -31,7 +31,8 @@ def tiles(name: str, count: int, rng: np.random.Generator) -> torch.Tensor:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Detector, torch.Tensor]]:
     """For each texture a detector with few patches, and fresh good tiles."""
     # Four times 33 pixels a patch: nine patches an image, so that hundreds of images are enough.
-    settings = preset("default", steps=2, batch_size=8, patch_scale=4, grid="16")
+    short = {"steps": 2, "batch_size": 8, "context_steps": 200}
+    settings = preset("default", **short, patch_scale=4, grid="16")
     found = []
     for index, name in enumerate(TEXTURES):
         rng = np.random.default_rng([7, index])
