@@ -38,7 +38,8 @@ def test_a_distilled_local_net_trains_a_model(run: Run, good: Path, tmp_path: Pa
     assert content["losses"]["distill/loss"]
     result = run(
         "train", "--normal", good, "-o", tmp_path / "out", "--local-net", net, "--steps", 1,
-        "--batch-size", 2, "--context-steps", 20, "--grid", 33,
+        "--batch-size", 2, "--head-steps", 20, "--context-steps", 20, "--memory-size", 50,
+        "--grid", 33,
     )  # fmt: skip
     assert result.exit_code == 0
     again = run("distill", good, "-o", net, *TEACHER)
