@@ -208,15 +208,15 @@ Gradients hole_conv2d_backward(const at::Tensor& grad_output, const at::Tensor& 
                     "grad_output of the base's ", dtype_name(base), ", got ",
                     dtype_name(grad_output));
   const DeviceGuard guard(base);
+  if (base.is_cpu() && p.dtype != ScalarType::kFloat64) {
+    return fused_backward(p, grad_output, output, base, windows, extents, origins, ratio, weight,
+                          output_mask);
+  }
   at::Tensor grad_base = at::empty({0}, base.options());
   at::Tensor grad_windows = at::empty({0}, base.options());
   at::Tensor grad_weight = at::empty({0}, weight.options());
   at::Tensor grad_bias = at::empty({0}, base.options());
 
-  if (base.is_cpu() && p.dtype != ScalarType::kFloat64) {
-    return fused_backward(p, grad_output, output, base, windows, extents, origins, ratio, weight,
-                          output_mask);
-  }
   // (N, P, ho, wo, K), so that sums do not depend on the layout: the gradient behind the
   // activation, at the cells that were computed.
   const at::Tensor scale = ratio.contiguous().unsqueeze(-1);

@@ -282,16 +282,12 @@ def preset(name: str, **changes: Any) -> TrainSettings:
     if changes.get("distortion") == "turn":
         changes.setdefault("turns", False)
     base = PRESETS[name]
-    if not _has_context(replace(base, context_steps=0, **_without(changes, "context_steps"))):
+    if not _has_context(replace(base, **{**changes, "context_steps": 0})):
         changes.setdefault("context_steps", 0)
     settings = replace(base, **changes)
     if changes.get("positions") is None and not learnt(settings.grid, settings.positions):
         return replace(settings, positions="uniform")
     return settings
-
-
-def _without(changes: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in changes.items() if key != name}
 
 
 def learnt(grid: str, positions: str) -> bool:

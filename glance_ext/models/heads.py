@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glance_ext.models.normalisation import channel_spread
+
 
 def inconsistency(local_features: Tensor, global_features: Tensor) -> Tensor:
     """``s_IAD = (1/n) ||Z_l - Z_g||_2^2`` (paper, equation 5); also the loss ``l_IAD``, averaged.
@@ -132,9 +134,8 @@ class ContextHead(nn.Module):
     @torch.no_grad()
     def fit_scale(self, features: Tensor) -> None:
         """Takes each channel's mean and spread over normal patches ``(M, n)``."""
-        spread = features.std(0, correction=0)
         self.mean.copy_(features.mean(0))
-        self.spread.copy_(spread.clamp_min(1e-3 * float(spread.max()) + 1e-12))
+        self.spread.copy_(channel_spread(features))
 
 
 def distortion(log_odds: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glance_ext.models.local_net import Decoder
+from glance_ext.models.normalisation import channel_spread
 
 _CHUNK = 1 << 22  # distances that are held at a time
 _PROJECTED = 32  # dimensions in which a coreset is chosen
@@ -101,8 +102,7 @@ class FeatureMemory(nn.Module):
         if len(features) < 1:
             raise ValueError("FeatureMemory: expected at least one feature, got 0")
         features = self.decoded(features.to(self.spread))
-        spread = features.std(0, correction=0)
-        self.spread.copy_(spread.clamp_min(1e-3 * float(spread.max()) + 1e-12))
+        self.spread.copy_(channel_spread(features))
         directions = self.directions(features)
         picks = coreset(directions, self.size, generator)
         self.kept = directions[picks.to(features.device)]
