@@ -1,6 +1,6 @@
 """Makes the network that ships for the memory: glance_ext/weights/context_net.safetensors.
 
-It is ResNet-18 as torchvision trained it on ImageNet, up to ``layer2``, with its batch norms folded
+It is ResNet-18 as torchvision trained it on ImageNet, up to ``layer3``, with its batch norms folded
 into the convolutions; nothing is trained here.
 """
 
@@ -17,7 +17,7 @@ from glance_ext.engine.memory import CONTEXT_NET_KIND, packaged_context_net
 from glance_ext.models.context_net import ContextNet
 from glance_ext.models.teacher import load_teacher
 
-LAYERS = "layer1+layer2"
+LAYERS = "layer1+layer2+layer3"
 
 
 def folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> dict[str, Tensor]:
@@ -30,9 +30,9 @@ def folded(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def from_resnet(network: nn.Module) -> ContextNet:
-    """The same network up to ``layer2``, from timm's or torchvision's ``resnet18``."""
+    """The same network up to ``layer3``, from timm's or torchvision's ``resnet18``."""
     pairs = {"stem": (network.conv1, network.bn1)}
-    for name in ("layer1", "layer2"):
+    for name in LAYERS.split("+"):
         for index, block in enumerate(getattr(network, name)):
             pairs[f"{name}.{index}.conv1"] = (block.conv1, block.bn1)
             pairs[f"{name}.{index}.conv2"] = (block.conv2, block.bn2)

@@ -3,7 +3,8 @@
 No test image is read. From each category's ``train/good`` a share is set aside; these are the new
 ``test/good``, and each of them comes back with drawn defects. The rest is the new ``train/good``.
 The defects are of other kinds than the stains that the distortion head is trained with
-(``glance_ext/data/stains.py``). Beside the categories stand scikit-image's photographed textures,
+(``glance_ext/data/stains.py``); the pieces that the head in context learns from are most like
+"misplaced" and "broken". Beside the categories stand scikit-image's photographed textures,
 as they are and as dark tiles of varying brightness, contrast, light and grain: what varies there
 from one good tile to the next is no defect.
 
@@ -138,6 +139,23 @@ def smear(image: np.ndarray, centre: np.ndarray, rng: Rng) -> Damaged:
     return blend(image, gaussian_filter(image, (4, 4, 0)), cover), cover > 0.3
 
 
+def broken(image: np.ndarray, centre: np.ndarray, rng: Rng) -> Damaged:
+    """A piece that is broken off, up to 100 pixels across: what lies behind the object shows.
+
+    It is there whatever stands out least of the same image, turned and moved.
+    """
+    background = np.median(image, (0, 1))
+    interest = gaussian_filter(np.abs(image - background).mean(-1), 2)
+    cover = blob(rng, centre, math.exp(rng.uniform(math.log(28), math.log(100))))
+    places = [(rng.integers(4), rng.integers(0, SIDE, 2)) for _ in range(200)]
+    plain = min(places, key=lambda place: float((elsewhere(interest, *place) * cover).sum()))
+    return blend(image, elsewhere(image, *plain), cover), cover > 0.3
+
+
+def elsewhere(image: np.ndarray, quarters: int, shift: np.ndarray) -> np.ndarray:
+    return np.roll(np.rot90(image, quarters), shift, (0, 1))
+
+
 DEFECTS: dict[str, Callable[[np.ndarray, np.ndarray, Rng], Damaged]] = {
     "cloud": cloud,
     "dent": dent,
@@ -146,6 +164,7 @@ DEFECTS: dict[str, Callable[[np.ndarray, np.ndarray, Rng], Damaged]] = {
     "scratch": scratch,
     "smear": smear,
 }
+LATER = {"broken": broken}  # drawn behind the others, so that those stay what they were
 LEAST_CHANGE = 0.06  # of a pixel's value, that some pixels of a defect must show
 
 
@@ -157,7 +176,7 @@ def damage(image: np.ndarray, kind: str, rng: Rng) -> Damaged:
 
     Args:
         image: ``(SIDE, SIDE, 3)`` in [0, 1].
-        kind: One of :data:`DEFECTS`.
+        kind: One of :data:`DEFECTS` or :data:`LATER`.
         rng: Of everything random.
 
     Returns:
@@ -175,7 +194,7 @@ def damage(image: np.ndarray, kind: str, rng: Rng) -> Damaged:
     most, best = -1.0, None
     for _ in range(50):
         centre = np.array(divmod(int(rng.choice(chances.size, p=chances)), SIDE), np.float64)
-        damaged, mask = DEFECTS[kind](image, centre, rng)
+        damaged, mask = {**DEFECTS, **LATER}[kind](image, centre, rng)
         damaged = np.clip(damaged, 0, 1)
         if not mask.any():
             continue
@@ -222,9 +241,13 @@ def write_set(
     train: list[np.ndarray],
     good: list[np.ndarray],
     rng: Rng,
+    later: Rng,
     finish: Callable[[np.ndarray, Rng], np.ndarray] = unchanged,
 ) -> None:
-    """Writes a data set; ``finish`` is what comes over an image after its defect, such as grain."""
+    """Writes a data set; ``finish`` is what comes over an image after its defect, such as grain.
+
+    A generator for what is drawn at first, and one for what is drawn later.
+    """
     for index, image in enumerate(train):
         write(folder / "train" / "good" / f"{index:03}.png", finish(image, rng))
     for index, image in enumerate(good):
@@ -233,10 +256,19 @@ def write_set(
             damaged, mask = damage(image, kind, rng)
             write(folder / "test" / kind / f"{index:03}.png", finish(damaged, rng))
             write(folder / "ground_truth" / kind / f"{index:03}_mask.png", mask)
+    for kind in LATER:
+        for path in sorted((folder / "test" / "good").iterdir()):
+            damaged, mask = damage(read(path).astype(np.float64), kind, later)
+            write(folder / "test" / kind / path.name, damaged)
+            write(folder / "ground_truth" / kind / f"{path.stem}_mask.png", mask)
 
 
 def read(path: Path) -> np.ndarray:
     return resize(load_image(path), (SIDE, SIDE)).numpy().transpose(1, 2, 0).clip(0, 1)
+
+
+def later_rng(seed: int) -> Rng:
+    return np.random.default_rng(77 + seed)
 
 
 def write_category(folder: Path, category: Path, seed: int) -> None:
@@ -244,7 +276,7 @@ def write_category(folder: Path, category: Path, seed: int) -> None:
     paths = normal_images(category, None)
     share = min(SHARE, MOST / len(paths))
     train, good = (list(map(read, part)) for part in split_held_out(paths, share, seed))
-    write_set(folder, train, good, np.random.default_rng([seed, 1]))
+    write_set(folder, train, good, np.random.default_rng([seed, 1]), later_rng(seed))
 
 
 def write_texture(folder: Path, name: str, dark: bool, seed: int) -> None:
@@ -255,7 +287,7 @@ def write_texture(folder: Path, name: str, dark: bool, seed: int) -> None:
     adapt, finish = (darkened, grained) if dark else (unchanged, unchanged)
     train = [adapt(tile_of(left, rng), rng) for _ in range(TEXTURE_TRAIN)]
     good = [adapt(tile_of(right, rng), rng) for _ in range(TEXTURE_TEST)]
-    write_set(folder, train, good, rng, finish)
+    write_set(folder, train, good, rng, later_rng(seed), finish)
 
 
 def main() -> None:

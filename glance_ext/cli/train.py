@@ -118,16 +118,22 @@ def training_options(command: Any) -> Any:
             "own.",
         ),
         click.option(
-            "--memory-all/--no-memory-all",
+            "--refit/--no-refit",
             default=None,
-            help="Once calibrated, fill the memory anew from the held-out images too, or keep that "
-            "of images trained on.",
+            help="Once calibrated, let the memory and the distortion head in context be of the "
+            "held-out images too, or keep those of images trained on.",
         ),
         click.option(
             "--context-steps",
             type=click.IntRange(0),
-            help="Steps of a second distortion head, over what a memory of context compares, which "
-            "sees a stain in its image; 0 for none, as in the paper.",
+            help="Steps of a second distortion head, over what a memory of context compares and a "
+            "layer more, which sees a stain in its image; 0 for none, as in the paper.",
+        ),
+        click.option(
+            "--pieces",
+            type=click.IntRange(0),
+            help="Pieces of other places to put on an image for that head to learn; 0 for stains "
+            "alone.",
         ),
         click.option(
             "--context-share",

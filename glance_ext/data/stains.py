@@ -10,26 +10,38 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class StainSettings:
-    """How stains look; the paper says only that they are small and random.
+class Outline:
+    """An ellipse of random size and angle with a wavy outline and a soft edge.
 
     Attributes:
         smallest: Least semi-axis of the ellipse in pixels.
         largest: Greatest semi-axis in pixels; both axes are log-uniform in between.
         irregularity: Greatest relative deviation of the outline from the ellipse.
         blur: Greatest width of the soft edge in pixels.
-        contrast: Least and greatest change of the pixel values, in [0, 1].
     """
 
     smallest: float = 1.0
     largest: float = 6.0
     irregularity: float = 0.3
     blur: float = 1.5
+
+
+@dataclass(frozen=True)
+class StainSettings(Outline):
+    """How stains look; the paper says only that they are small and random.
+
+    Attributes:
+        contrast: Least and greatest change of the pixel values, in [0, 1].
+    """
+
     contrast: tuple[float, float] = (0.1, 0.6)
 
 
 STAINS = {"small": StainSettings(), "wide": StainSettings(largest=14.0, contrast=(0.05, 0.6))}
 """``wide`` ranges from small stains to such as fill a patch of 33 pixels, and to fainter ones."""
+
+PIECES = Outline(smallest=6.0, largest=45.0, irregularity=0.45, blur=2.5)
+"""Outlines of pasted pieces: from such as a patch holds to such as it lies in the middle of."""
 
 
 def stain(
@@ -50,27 +62,9 @@ def stain(
     """
     settings = settings or StainSettings()
     batch, _, height, width = patches.shape
-
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand((batch, *(shape or (1, 1))), generator=generator)
-
-    angle = uniform(0, math.pi)
-    semi_axes = torch.exp(uniform(math.log(settings.smallest), math.log(settings.largest), 2, 1, 1))
-    y = torch.arange(height)[:, None] - uniform(0.1, 0.9) * (height - 1)
-    x = torch.arange(width) - uniform(0.1, 0.9) * (width - 1)
-    along = (x * angle.cos() + y * angle.sin()) / semi_axes[:, 0]
-    across = (y * angle.cos() - x * angle.sin()) / semi_axes[:, 1]
-    radius = (along.square() + across.square()).sqrt()
-    direction = torch.atan2(across, along)
-    outline = torch.ones_like(radius)
-    for waves in (2, 3, 5):
-        amplitude = uniform(0, settings.irregularity / 3)
-        outline = outline + amplitude * torch.cos(waves * direction + uniform(0, 2 * math.pi))
-    # Distance to the outline in pixels, positive inside, blurred over a random width.
-    inside = (outline - radius) * semi_axes.amin(1)
-    alpha = torch.sigmoid(inside * 4 / uniform(0.3, settings.blur))[:, None]
-
-    amount = uniform(*settings.contrast, 1, 1, 1)
+    alpha = _blobs(batch, height, width, generator, settings, edge=0.1)[:, None]
+    low, high = settings.contrast
+    amount = low + (high - low) * torch.rand((batch, 1, 1, 1), generator=generator)
     signs = torch.where(torch.rand((batch, 3, 1, 1), generator=generator) < 0.5, -1.0, 1.0)
     grey = torch.rand((batch, 1, 1, 1), generator=generator) < 0.5
     signs = torch.where(grey, signs[:, :1], signs)
@@ -83,6 +77,39 @@ def stain(
     )
     change = torch.where(((brightness + change) - 0.5).abs() > 0.5, -change, change)
     return (patches + alpha.to(patches) * change).clamp(0, 1)
+
+
+def _blobs(
+    count: int,
+    height: int,
+    width: int,
+    generator: torch.Generator,
+    outline: Outline,
+    edge: float = 0.0,
+) -> Tensor:
+    """How much each of some blobs covers each pixel, ``(count, height, width)`` in [0, 1].
+
+    No centre lies in the outer share ``edge`` of height and width.
+    """
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand((count, *(shape or (1, 1))), generator=generator)
+
+    angle = uniform(0, math.pi)
+    semi_axes = torch.exp(uniform(math.log(outline.smallest), math.log(outline.largest), 2, 1, 1))
+    y = torch.arange(height)[:, None] - uniform(edge, 1 - edge) * (height - 1)
+    x = torch.arange(width) - uniform(edge, 1 - edge) * (width - 1)
+    along = (x * angle.cos() + y * angle.sin()) / semi_axes[:, 0]
+    across = (y * angle.cos() - x * angle.sin()) / semi_axes[:, 1]
+    radius = (along.square() + across.square()).sqrt()
+    direction = torch.atan2(across, along)
+    reach = torch.ones_like(radius)
+    for waves in (2, 3, 5):
+        amplitude = uniform(0, outline.irregularity / 3)
+        reach = reach + amplitude * torch.cos(waves * direction + uniform(0, 2 * math.pi))
+    # Distance to the outline in pixels, positive inside, blurred over a random width.
+    inside = (reach - radius) * semi_axes.amin(1)
+    return torch.sigmoid(inside * 4 / uniform(0.3, outline.blur))
 
 
 def stain_images(
@@ -117,6 +144,36 @@ def stain_images(
         for cell, other in zip(cells, stained, strict=True):
             cell.copy_(other)
     return changed
+
+
+def paste_pieces(
+    images: Tensor, others: Tensor, generator: torch.Generator, count: int = 3
+) -> Tensor:
+    """Puts pieces of good images where they do not belong.
+
+    Each piece is of the same image or of the other one, moved round its edges and turned by
+    quarters. Where it shows what was there before, nothing changes: whether a pixel is distorted,
+    only the difference can tell. Not in the paper; after CutPaste (Li et al., CVPR 2021).
+
+    Args:
+        images: ``(N, 3, h, h)``, RGB in [0, 1].
+        others: Another one for each, of the same shape.
+        generator: A CPU generator; everything random comes from it.
+        count: Pieces of each image; they may overlap.
+
+    Returns:
+        Images of the same shape; those given are not changed.
+    """
+    side = images.shape[-1]
+    pasted = images.clone()
+    for image, own, other in zip(pasted, images, others, strict=True):
+        for cover in _blobs(count, side, side, generator, PIECES).to(images):
+            source = own if torch.randint(2, (), generator=generator) else other
+            quarters = int(torch.randint(4, (), generator=generator))
+            shift = torch.randint(side, (2,), generator=generator).tolist()
+            moved = source.rot90(quarters, (1, 2)).roll(shift, (1, 2))
+            image.lerp_(moved, cover.expand_as(moved))
+    return pasted
 
 
 def turn(patches: Tensor, generator: torch.Generator) -> Tensor:

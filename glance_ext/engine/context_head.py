@@ -1,29 +1,50 @@
-"""Training of the distortion head in context: stains in whole images, and what is beside them."""
+"""Training of the distortion head in context: distortions in whole images, and what is beside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from glance_ext.data.grid import patch_grid
 from glance_ext.data.patches import Images
-from glance_ext.data.stains import STAINS, stain_images
+from glance_ext.data.stains import STAINS, paste_pieces, stain_images
 from glance_ext.engine.loop import Stage, step_generator
 from glance_ext.engine.settings import TrainSettings
 from glance_ext.errors import GlanceError
 from glance_ext.models.glance import PATCH_SIZE, Glance
-from glance_ext.models.heads import distortion_loss
+from glance_ext.models.heads import ContextHead, distortion_loss
 from glance_ext.models.normalisation import normalise
 
-_MOST_IMAGES = 256
-_STAINED, _CLEAN = 128, 64  # patches kept of an image at the most; of the latter twice as many
+CONTEXT_IMAGES = 256
+_CHANGED = 400  # images that are distorted in each way: each image at least once
+_ROUNDS = 4  # and at the most so often
+_DISTORTED, _CLEAN = 128, 64  # patches kept at the most of a distorted image
 _BATCH = 256  # of either kind
-_CORE = 9  # pixels in a patch's middle, of which a stain must cover
-_COVERED = 0.3  # at least so much
-_VISIBLE = 0.02  # change of a pixel that counts
+_LEFT_OUT = 0.3  # share of a feature's channels that say nothing in a step
+_CORE = 9  # pixels in a patch's middle that a distortion must cover
+
+
+class _Visible(NamedTuple):
+    """When a patch counts as distorted.
+
+    Attributes:
+        change: Least change of a pixel, in [0, 1].
+        over: Side of the square of pixels that it is averaged over.
+        share: Of the patch's middle, that must have changed.
+    """
+
+    change: float
+    over: int
+    share: float
+
+
+# A piece shows here and there what was there before, which makes no hole in it; a patch at its edge
+# is what stains teach.
+_STAIN, _PIECE = _Visible(0.02, 1, 0.3), _Visible(0.06, 5, 0.6)
 
 
 def context_stage(
@@ -31,23 +52,27 @@ def context_stage(
     images: Images,
     settings: TrainSettings,
     device: torch.device,
+    refitted: ContextHead | None = None,
+    *,
     progress: Callable[[range], Iterable[int]] = iter,
 ) -> Stage:
     """``l_DAD`` of a :class:`~glance_ext.models.heads.ContextHead`. Not in the paper.
 
-    Stains are put all over an image before the network sees it. A patch whose middle one covers is
-    distorted; one that none touches, and any of the image as it was, is not, though it may see
-    stains in its surroundings. What lies between is neither.
+    Stains are put all over an image before the network sees it, or pieces where they do not belong:
+    a hole's middle looks like any background, and only what is around it tells that it is none. A
+    patch whose middle one covers is distorted; one that none touches, and any of the image as it
+    was, is not, though it may see stains in its surroundings. What lies between is neither.
 
     Args:
-        model: Its ``context_head`` is trained in place.
+        model: Its ``context_head`` is trained in place, or only describes patches for another head.
         images: ``(N, 3, 256, 256)`` normal images, RGB in [0, 1]; the first 256 are taken.
-        settings: Context steps, the head's learning rate, stains, grid and seed.
+        settings: Context steps, the head's learning rate, stains, pieces, grid and seed.
         device: Where to train.
+        refitted: That other head, for the stage "refit" behind "context".
         progress: Goes through the batches of images whose features are computed, before the first
             step.
     """
-    head = model.context_head
+    head = refitted or model.context_head
     assert head is not None
     optimizer = torch.optim.Adam(head.parameters(), lr=settings.head_learning_rate)
     kept: list[tuple[Tensor, Tensor]] = []
@@ -56,16 +81,24 @@ def context_stage(
         if not kept:  # not before: an interrupted run goes on with the same
             kept.append(_features(model, images, settings, device, progress))
             head.fit_scale(kept[0][1])
-        both = [
-            features[torch.randint(len(features), (_BATCH,), generator=generator)]
-            for features in kept[0]
-        ]
-        log_odds = head(torch.cat(both))
+        both = torch.cat(
+            [
+                features[torch.randint(len(features), (_BATCH,), generator=generator)]
+                for features in kept[0]
+            ]
+        )
+        # Few images and many channels: without, it would learn the images by heart.
+        left_out = torch.rand(both.shape, generator=generator) < _LEFT_OUT
+        log_odds = head(torch.where(left_out.to(device), head.mean, both))
         undistorted = torch.zeros_like(log_odds)
         undistorted[_BATCH:] = 1
         return {"loss": distortion_loss(log_odds, undistorted)}
 
-    return Stage("context", settings.context_steps, step, optimizer, {"model": model})
+    modules: dict[str, nn.Module] = {"model": model}
+    if refitted is not None:
+        modules["refitted_head"] = refitted
+    name = "context" if refitted is None else "refit"
+    return Stage(name, settings.context_steps, step, optimizer, modules)
 
 
 @torch.no_grad()
@@ -81,23 +114,27 @@ def _features(
     net = model.context_net
     assert net is not None
     origins = patch_grid(settings.grid, image_size=model.view_size).origins.to(device)
+    everywhere = torch.arange(len(origins), device=device)
     distorted, clean = [], []
-    count = min(len(images), _MOST_IMAGES)
+
+    def describe(view: Tensor, places: Tensor) -> Tensor:
+        return net.patch_features(normalise(view[None]), origins[places])[0]
+
+    count = min(len(images), CONTEXT_IMAGES)
+    rounds = min(max(1, _CHANGED // count), _ROUNDS)
     for first in progress(range(0, count, 8)):
         generator = step_generator(settings.seed, "spots", first)
-        views = model.local_view(images[first : min(first + 8, count)].float().to(device))
-        stained = stain_images(views.cpu(), PATCH_SIZE, generator, STAINS[settings.stains])
-        stained = stained.to(views)
-        for view, changed in zip(views, stained, strict=True):
-            both = normalise(torch.stack((view, changed)))
-            of_view, of_changed = net.patch_features(both, origins)
-            middle, anywhere = _covered((changed - view).abs().amax(0) > _VISIBLE, origins)
-            spots = ((middle > 0) & (middle >= middle.max().clamp_max(_COVERED))).nonzero()[:, 0]
-            beside = (~anywhere).nonzero()[:, 0]
-            everywhere = torch.arange(len(origins), device=device)
-            distorted.append(of_changed[_some(spots, _STAINED, generator)])
-            clean.append(of_changed[_some(beside, _CLEAN, generator)])
-            clean.append(of_view[_some(everywhere, _CLEAN, generator)])
+        views = model.local_view(images[first : min(first + 8, count)].float()).to(device)
+        for view in views:
+            clean.append(describe(view, _some(everywhere, rounds * _CLEAN, generator)))
+        for changed, visible in _distorted(model, views, images, rounds, settings, generator):
+            for view, other in zip(views, changed, strict=True):
+                middle, anywhere = _covered(view, other, visible, origins)
+                least = middle.max().clamp_max(visible.share)
+                spots = ((middle > 0) & (middle >= least)).nonzero()[:, 0]
+                beside = (~anywhere).nonzero()[:, 0]
+                distorted.append(describe(other, _some(spots, _DISTORTED, generator)))
+                clean.append(describe(other, _some(beside, _CLEAN, generator)))
     found = torch.cat(distorted)
     if not len(found):
         raise GlanceError(
@@ -107,19 +144,46 @@ def _features(
     return found, torch.cat(clean)
 
 
-def _covered(changed: Tensor, origins: Tensor) -> tuple[Tensor, Tensor]:
+def _distorted(
+    model: Glance,
+    views: Tensor,
+    images: Images,
+    rounds: int,
+    settings: TrainSettings,
+    generator: torch.Generator,
+) -> Iterator[tuple[Tensor, _Visible]]:
+    """Some images with stains and with pieces of any of all images, and when these show."""
+    on_cpu = views.cpu()
+    for _ in range(rounds):
+        stained = stain_images(on_cpu, PATCH_SIZE, generator, STAINS[settings.stains])
+        yield stained.to(views), _STAIN
+        if settings.pieces:
+            picks = torch.randint(len(images), (len(views),), generator=generator)
+            others = model.local_view(images[picks].float())
+            pasted = paste_pieces(on_cpu, others, generator, settings.pieces)
+            yield pasted.to(views), _PIECE
+
+
+def _covered(
+    view: Tensor, changed: Tensor, visible: _Visible, origins: Tensor
+) -> tuple[Tensor, Tensor]:
     """The share ``(P,)`` of each patch's middle that has changed, and whether anything of it has.
 
     Args:
-        changed: ``(h, w)`` bool.
+        view: ``(3, h, w)`` as it was.
+        changed: ``(3, h, w)`` as it is.
+        visible: What counts as change.
         origins: ``(P, 2)`` of the patches.
     """
-    plane = changed.float()[None]
+    difference = (changed - view).abs().amax(0)[None]
+    difference = F.avg_pool2d(difference, visible.over, 1, visible.over // 2)
+    plane = (difference > visible.change).float()
     edge = (PATCH_SIZE - _CORE) // 2
     rows, columns = origins.unbind(1)
     middle = F.avg_pool2d(plane, _CORE, 1)[0, rows + edge, columns + edge]
-    anywhere = F.max_pool2d(plane, PATCH_SIZE, 1)[0, rows, columns]
-    return middle, anywhere > 0
+    # the rows first, then the columns: one square of this size would take five times as long
+    anywhere = F.max_pool2d(F.max_pool2d(plane, (PATCH_SIZE, 1), 1), (1, PATCH_SIZE), 1)
+    return middle, anywhere[0, rows, columns] > 0
 
 
 def _some(indices: Tensor, most: int, generator: torch.Generator) -> Tensor:

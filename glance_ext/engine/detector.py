@@ -145,6 +145,9 @@ class Detector:
                 raise ValueError(f"memory_size {memory_size}, memory_features {memory_features}")
             memory_context = bool(metadata.get("memory_context", False)) and memory_size > 0
             context_head = bool(metadata.get("context_head", False)) and memory_context
+            context_depth = int(metadata.get("context_depth", 2))
+            if context_depth not in (2, 3):
+                raise ValueError(f"context_depth {context_depth}")
             calibration = Calibration.from_json(metadata["calibration"])
             settings = dict(metadata["settings"])
         except (KeyError, TypeError, ValueError) as error:
@@ -158,6 +161,7 @@ class Detector:
             memory_features=memory_features,
             memory_context=memory_context,
             context_head=context_head,
+            context_depth=context_depth,
         )
         load_module(model, tensors, "model", file)
         return cls(model, calibration, settings, **options)
@@ -165,6 +169,7 @@ class Detector:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes model, calibration and settings to one file."""
         scale, memory = self.model.residual_scale, self.model.memory
+        context_net = self.model.context_net
         metadata = {
             "kernel_size": self.model.local_net.kernel_size,
             "features": self.model.local_net.features,
@@ -173,8 +178,9 @@ class Detector:
             "whiten_over": "patch" if scale is None else scale.over,
             "memory_size": 0 if memory is None else len(memory),
             "memory_features": 0 if memory is None else memory.taught,
-            "memory_context": self.model.context_net is not None,
+            "memory_context": context_net is not None,
             "context_head": self.model.context_head is not None,
+            "context_depth": 2 if context_net is None else len(context_net.widths),
             "calibration": self.calibration.to_json(),
             "settings": self.settings,
         }

@@ -25,14 +25,18 @@ def packaged_context_net() -> Path:
 
 
 def load_context_net(net: ContextNet) -> None:
-    """Loads the packaged weights.
+    """Loads the packaged weights of as many layers as it has.
 
     Raises:
         CheckpointError: The file is missing or damaged.
     """
     path = packaged_context_net()
     tensors, _ = load_checkpoint(path, CONTEXT_NET_KIND)
-    load_module(net, tensors, "context_net", path)
+    beyond = tuple(
+        f"context_net.layer{index + 1}." for index in range(len(net.widths), len(net.LAYERS))
+    )
+    needed = {name: value for name, value in tensors.items() if not name.startswith(beyond)}
+    load_module(net, needed, "context_net", path)
 
 
 @torch.no_grad()
@@ -63,10 +67,10 @@ def fit_memory(
     candidates = []
     for index, image in enumerate(images):
         whole = image[None].float().to(device)
-        found = model.context_features(whole, patches.origins)
-        if found is None:
-            found = model.local_net.dense(model.local_view(normalise(whole)), plan)
-        features = found[0]
+        features = model.context_features(whole, patches.origins)
+        if features is None:
+            features = model.local_net.dense(model.local_view(normalise(whole)), plan)
+        features = model.remembered(features, features)[0]
         drawn = torch.randperm(len(features), generator=step_generator(seed, "memory", index))
         candidates.append(features[drawn[:share].to(device)])
     model.memory.fit(torch.cat(candidates), step_generator(seed, "coreset", 0))

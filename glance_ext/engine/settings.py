@@ -68,7 +68,7 @@ class TrainSettings:
         surprisal: Whether that scale is the surprisal, ``-log`` of the share of normal patches that
             score higher, or else mean 0 and variance 1.
         whiten: Whether ``s_IAD`` is of the difference whitened over normal patches; the paper's is
-            of the difference as it is.
+            of the difference as it is. It is not fitted where ``lambda_s`` is 0.
         whiten_over: Whether that is each patch's difference, ``"patch"``, or the mean difference of
             all patches of an image, ``"image"``.
         memory_size: Features of normal patches that are kept, and how far a patch is from the
@@ -77,12 +77,14 @@ class TrainSettings:
         memory_of: What is kept and compared: ``"context"`` for what the first layers of a
             pretrained network see at a patch in its image, ``"teacher"`` for the teacher's features
             as Local-Net's decoder tells them, ``"local"`` for Local-Net's own.
-        memory_all: Whether, once the model is calibrated with a memory of images it was trained on,
-            the memory is filled anew from those held out too: so no good image is new to it.
-        context_steps: Steps of a second distortion head, over what a memory of ``"context"``
-            compares, which learns to tell stains that are all over images from what is beside them;
-            0 for none, as in the paper.
+        refit: Whether, once the model is calibrated on held-out images, its memory is filled anew
+            from these too, and the distortion head in context one that has learnt from these too:
+            so no good image is new to them.
+        context_steps: Steps of a second distortion head, over what that pretrained network sees,
+            which learns to tell stains that are all over images, and pieces that do not belong
+            there, from what is beside them; 0 for none, as in the paper.
         context_share: Its share in what both distortion heads say.
+        pieces: Pieces of other places that are put on an image for it; 0 for stains alone.
         image_score: What of its map an image's score is: ``"max"``, ``"contrast"`` for the
             greatest value above the map's median, or ``"mean"``.
         aggregation: How patches become a map; see ``aggregate_patch_scores``.
@@ -121,11 +123,12 @@ class TrainSettings:
     whiten: bool = True
     whiten_over: str = "patch"
     memory_size: int = 2000
-    memory_share: float = 0.5
+    memory_share: float = 0.4
     memory_of: str = "context"
-    memory_all: bool = True
+    refit: bool = True
     context_steps: int = 0
-    context_share: float = 0.5
+    context_share: float = 0.75
+    pieces: int = 3
     image_score: str = "max"
     aggregation: str = "gaussian"
     grid: str = "4"
@@ -187,6 +190,8 @@ class TrainSettings:
                 "context steps: expected 0 without a memory of context, and where the distortion "
                 f"is no stain, got {self.context_steps}"
             )
+        if self.pieces < 0:
+            raise GlanceError(f"pieces: expected at least 0, got {self.pieces}")
         if not 0 <= self.context_share <= 1:
             raise GlanceError(
                 f"context share: expected a share between 0 and 1, got {self.context_share}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from glance_ext.data.datasets import split_held_out
 from glance_ext.data.images import load_image, resize
 from glance_ext.data.patches import Enlarged, Images, Turned, fingerprint, load_training_images
-from glance_ext.engine.context_head import context_stage
+from glance_ext.engine.context_head import CONTEXT_IMAGES, context_stage
 from glance_ext.engine.detector import MODEL_FILE, Detector, calibrate
 from glance_ext.engine.distill import (
     DistilledNet,
@@ -170,18 +171,21 @@ def train_loaded(
             f"train: expected every process to find the same images, got {found} in process "
             f"{world.rank} and {theirs} in process 0"
         )
+    whiten = settings.whiten and settings.lambda_s > 0
+    refit = settings.refit and not optimistic
     distilled = load_local_net(local_net or packaged_local_net(settings.local_net))
     torch.manual_seed(settings.seed)
     model = Glance(
         distilled.local_net,
         patch_scale=settings.patch_scale,
-        whiten=settings.whiten,
+        whiten=whiten,
         whiten_over=settings.whiten_over,
         memory_size=settings.memory_size,
         memory_features=len(distilled.teacher_mean) if settings.memory_of == "teacher" else 0,
         memory_context=settings.memory_size > 0 and settings.memory_of == "context",
         context_head=settings.context_steps > 0,
     ).to(device)
+    refitted_head = copy.deepcopy(model.context_head) if refit else None
     if model.context_net is not None:
         load_context_net(model.context_net)
     distilled.decoder.to(device)
@@ -216,8 +220,21 @@ def train_loaded(
         trainer.restore_modules({"model": model})
 
     if settings.context_steps:
-        trainer.run(context_stage(model, views, settings, device, bar_over_features))
+        trainer.run(context_stage(model, views, settings, device, progress=bar_over_features))
         trainer.restore_modules({"model": model})
+
+    def of_some(more: Sequence[Tensor | Path] | Images, most: int) -> Images:
+        some = _some_of(images, more, most, settings.seed)
+        return Turned(some) if settings.turns else some
+
+    if refitted_head is not None:
+        everything = of_some(held_out, CONTEXT_IMAGES)
+        trainer.run(
+            context_stage(
+                model, everything, settings, device, refitted_head, progress=bar_over_features
+            )
+        )
+        trainer.restore_modules({"refitted_head": refitted_head})
 
     def with_progress(some: Sequence[Tensor | Path] | Images, what: str) -> Iterator[Tensor]:
         bar = tqdm(
@@ -229,9 +246,7 @@ def train_loaded(
         )
         return read(bar)
 
-    def fill_memory(more: Sequence[Tensor | Path] | Images = ()) -> None:
-        some = _some_of(images, more, _MEMORY_IMAGES, settings.seed)
-        shown: Images = Turned(some) if settings.turns else some
+    def fill_memory(shown: Images) -> None:
         fit_memory(
             model,
             with_progress(shown, "memory"),
@@ -241,7 +256,7 @@ def train_loaded(
             device=device,
         )
 
-    if settings.whiten:
+    if whiten:
         # Not on the held-out images: scores of what the scale was fitted to are lower than those
         # of images to come, and a threshold from them would flag more than it promises. Over
         # images, which give one difference each, there would be too few.
@@ -256,7 +271,7 @@ def train_loaded(
             model.memory.learn_decoder(
                 distilled.decoder, distilled.teacher_mean, distilled.teacher_std
             )
-        fill_memory()
+        fill_memory(of_some((), _MEMORY_IMAGES))
     calibration = calibrate(
         model,
         with_progress(held_out or [images[0]], "calibrate"),
@@ -272,8 +287,10 @@ def train_loaded(
         context_share=settings.context_share,
         surprisal=settings.surprisal,
     )
-    if model.memory is not None and settings.memory_all and not optimistic:
-        fill_memory(held_out)
+    if model.memory is not None and refit:
+        fill_memory(of_some(held_out, _MEMORY_IMAGES))
+    if refitted_head is not None:
+        model.context_head = refitted_head
     record: dict[str, Any] = {
         **settings.to_json(),
         "images": normal.count,

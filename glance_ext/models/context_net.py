@@ -25,38 +25,56 @@ class _Block(nn.Module):
 
 
 class ContextNet(nn.Module):
-    """ResNet-18 up to ``layer2`` (He et al., CVPR 2016), frozen: the features of the memory.
+    """ResNet-18 up to ``layer3`` (He et al., CVPR 2016), frozen.
 
-    It sees the whole image, so a patch's feature speaks of the patch and a little of what lies
-    around it: a cell of ``layer1`` sees 43 pixels and one of ``layer2`` 99, those in the middle
-    most. Each map is averaged over 3x3 cells, so that a feature is of a place and not of a pixel,
-    and read at the patch's centre, between cells bilinearly. Not in the paper.
+    It sees the whole image, so a patch's feature speaks of the patch and of what lies around it: a
+    cell of ``layer1`` sees 43 pixels, one of ``layer2`` 99 and one of ``layer3`` 211, those in the
+    middle most. Each map is averaged over 3x3 cells, so that a feature is of a place and not of a
+    pixel, and read at the patch's centre, between cells bilinearly. Not in the paper.
+
+    The memory compares ``layer1`` and ``layer2``; the distortion head in context reads all three.
+
+    Args:
+        depth: How many of the layers it has, 1 to 3.
     """
 
-    LAYERS = (64, 128)
-    FEATURES = sum(LAYERS)
-    STRIDES = (4, 8)
+    LAYERS = (64, 128, 256)
+    STRIDES = (4, 8, 16)
 
-    def __init__(self) -> None:
+    def __init__(self, depth: int = 3) -> None:
         super().__init__()
+        self.widths, self.strides = self.LAYERS[:depth], self.STRIDES[:depth]
         self.stem = nn.Conv2d(3, 64, 7, 2, 3)
         self.pool = nn.MaxPool2d(3, 2, 1)
-        self.layer1 = nn.Sequential(_Block(64, 64, 1), _Block(64, 64, 1))
-        self.layer2 = nn.Sequential(_Block(64, 128, 2), _Block(128, 128, 1))
+        channels = 64
+        for index, width in enumerate(self.widths):
+            first = _Block(channels, width, 1 if index == 0 else 2)
+            self.add_module(f"layer{index + 1}", nn.Sequential(first, _Block(width, width, 1)))
+            channels = width
         self.requires_grad_(False)
 
+    @property
+    def features(self) -> int:
+        """Length of a patch's feature, the layers' one behind the other."""
+        return sum(self.widths)
+
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Maps of both layers.
+        """Maps of all layers.
 
         Args:
             images: ``(N, 3, H, W)``, normalised.
 
         Returns:
-            ``(N, 64, h, w)`` of stride 4 and ``(N, 128, h', w')`` of stride 8, their first cells at
-            the images' first pixels; ``h`` is ``H / 4`` rounded up.
+            ``(N, 64, h, w)`` of stride 4, ``(N, 128, h', w')`` of stride 8 and ``(N, 256, h'',
+            w'')`` of stride 16, their first cells at the images' first pixels; ``h`` is ``H / 4``
+            rounded up.
         """
-        fine = self.layer1(self.pool(F.relu(self.stem(images))))
-        return [fine, self.layer2(fine)]
+        cells = self.pool(F.relu(self.stem(images)))
+        maps = []
+        for index in range(len(self.widths)):
+            cells = self.get_submodule(f"layer{index + 1}")(cells)
+            maps.append(cells)
+        return maps
 
     def patch_features(self, images: Tensor, origins: Tensor) -> Tensor:
         """Describes patches of 33x33 pixels of each image.
@@ -67,7 +85,7 @@ class ContextNet(nn.Module):
                 ``(N, P, 2)``.
 
         Returns:
-            ``(N, P, FEATURES)`` float32, or float64 of such images.
+            ``(N, P, features)`` float32, or float64 of such images.
         """
         if images.is_cpu:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -75,7 +93,7 @@ class ContextNet(nn.Module):
         centres = (origins + _CENTRE).to(images.device, wide).expand(len(images), -1, -1)
         features = [
             _at(F.avg_pool2d(cells.to(wide), 3, 1, 1, count_include_pad=False), centres / stride)
-            for cells, stride in zip(self(images), self.STRIDES, strict=True)
+            for cells, stride in zip(self(images), self.strides, strict=True)
         ]
         return torch.cat(features, -1)
 

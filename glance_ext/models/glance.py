@@ -27,6 +27,7 @@ from glance_ext.nn import HolePlan
 
 PATCH_SIZE = 33
 IMAGE_SIZE = (GlobalNet.IMAGE_SIZE, GlobalNet.IMAGE_SIZE)
+_COMPARED_LAYERS = 2  # of the context net, by the memory: the third sees too much of an image
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class Glance(nn.Module):
             Local-Net's own.
         memory_context: Whether they are a :class:`~glance_ext.models.context_net.ContextNet`'s
             instead, whose weights are still to be loaded.
-        context_head: Whether these features have a distortion head of their own.
+        context_head: Whether there is a distortion head over that network's features.
+        context_depth: Of how many of its layers, 2 or 3; the memory compares the first two.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Glance(nn.Module):
         memory_features: int = 0,
         memory_context: bool = False,
         context_head: bool = False,
+        context_depth: int = 3,
     ) -> None:
         if memory_context and (memory_features or not memory_size):
             raise ValueError(
@@ -126,10 +129,13 @@ class Glance(nn.Module):
         self.distortion_head = distortion_head or DistortionHead(local_net.features)
         self.residual_scale = ResidualScale(local_net.features, whiten_over) if whiten else None
         self.memory = None
-        self.context_net = ContextNet() if memory_context else None
-        self.context_head = ContextHead(ContextNet.FEATURES) if context_head else None
+        self.context_net = self.context_head = None
         if memory_context:
-            self.memory = FeatureMemory(memory_size, ContextNet.FEATURES, layers=ContextNet.LAYERS)
+            self.context_net = ContextNet(context_depth if context_head else _COMPARED_LAYERS)
+            layers = ContextNet.LAYERS[:_COMPARED_LAYERS]
+            self.memory = FeatureMemory(memory_size, sum(layers), layers=layers)
+            if context_head:
+                self.context_head = ContextHead(self.context_net.features)
         elif memory_size:
             self.memory = FeatureMemory(memory_size, local_net.features, memory_features)
 
@@ -173,14 +179,15 @@ class Glance(nn.Module):
         return local_features, self.global_net(images, masks)
 
     def context_features(self, images: Tensor, origins: Tensor) -> Tensor | None:
-        """What the memory compares of patches of each image, if that is not ``Z_l``.
+        """What the ``context_net`` sees at patches of each image.
 
         Args:
             images: ``(N, 3, 256, 256)``, RGB in [0, 1].
             origins: ``(P, 2)``, in every image, or ``(N, P, 2)``.
 
         Returns:
-            ``(N, P, 192)``, or None where the model has no ``context_net``.
+            ``(N, P, 192)``, with a head in context ``(N, P, 448)``; None where the model has no
+            ``context_net``.
         """
         if self.context_net is None:
             return None
@@ -200,22 +207,27 @@ class Glance(nn.Module):
         Raises:
             ValueError: It does not get them.
         """
-        compared = local_features
-        if self.context_net is not None:
-            if context_features is None:
-                raise ValueError(
-                    "Glance.compare: expected context_features for the context_net, got none"
-                )
-            compared = context_features
+        if self.context_net is not None and context_features is None:
+            raise ValueError(
+                "Glance.compare: expected context_features for the context_net, got none"
+            )
         log_odds = self.distortion_head(local_features, global_features)
         difference = inconsistency if self.residual_scale is None else self.residual_scale
         return HeadScores(
             difference(local_features, global_features),
             distortion(log_odds),
             -log_odds,
-            None if self.memory is None else self.memory(compared),
-            None if self.context_head is None else -self.context_head(compared),
+            None
+            if self.memory is None
+            else self.memory(self.remembered(local_features, context_features)),
+            None if self.context_head is None else -self.context_head(context_features),
         )
+
+    def remembered(self, local_features: Tensor, context_features: Tensor | None) -> Tensor:
+        """What the memory compares of both features of patches, ``(..., m)``."""
+        if context_features is None:
+            return local_features
+        return context_features[..., : sum(ContextNet.LAYERS[:_COMPARED_LAYERS])]
 
     def plan(
         self,

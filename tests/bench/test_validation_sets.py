@@ -21,7 +21,7 @@ def tile() -> np.ndarray:
     return sets.tile_of(sets.texture("gravel"), np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("kind", sets.DEFECTS)
+@pytest.mark.parametrize("kind", [*sets.DEFECTS, *sets.LATER])
 def test_a_defect_shows_inside_its_mask_and_nowhere_else(kind: str, tile: np.ndarray) -> None:
     for seed in range(3):
         damaged, mask = sets.damage(tile, kind, np.random.default_rng(seed))
@@ -42,6 +42,16 @@ def test_a_defect_lies_on_the_object() -> None:
         assert mask[120:230, 10:120].sum() > 0.9 * mask.sum()
 
 
+def test_where_a_piece_is_broken_off_what_lies_behind_the_object_shows() -> None:
+    image = np.full((256, 256, 3), 0.8)
+    image[60:200, 40:190] = 0.2
+    for seed in range(5):
+        damaged, mask = sets.damage(image, "broken", np.random.default_rng(seed))
+        inside = mask & (image[..., 0] == 0.2)
+        assert inside.sum() > 100
+        assert np.median(damaged[inside]) > 0.75
+
+
 def test_where_no_defect_shows_well_the_clearest_is_drawn() -> None:
     slope = np.broadcast_to(np.linspace(0, 1, 256)[:, None, None], (256, 256, 3)).copy()
     damaged, mask = sets.damage(slope, "smear", np.random.default_rng(0))
@@ -54,13 +64,15 @@ def test_where_no_defect_shows_well_the_clearest_is_drawn() -> None:
 def test_a_set_has_the_mvtec_layout_and_every_good_image_comes_back_damaged(
     tmp_path: Path, tile: np.ndarray
 ) -> None:
-    rng = np.random.default_rng(1)
-    sets.write_set(tmp_path, [tile, tile], [tile.copy(), tile[::-1].copy()], rng, sets.grained)
+    rng, later = np.random.default_rng(1), sets.later_rng(0)
+    good = [tile.copy(), tile[::-1].copy()]
+    sets.write_set(tmp_path, [tile, tile], good, rng, later, sets.grained)
     assert len(normal_images(tmp_path, None)) == 2
     samples, problems = test_samples(tmp_path)
     assert not problems
-    assert len(samples) == 2 * (1 + len(sets.DEFECTS))
-    assert {s.defect for s in samples if s.anomalous} == set(sets.DEFECTS)
+    kinds = {*sets.DEFECTS, *sets.LATER}
+    assert len(samples) == 2 * (1 + len(kinds))
+    assert {s.defect for s in samples if s.anomalous} == kinds
     for sample in samples:
         image = load_image(sample.path)
         if sample.mask_path is not None:

@@ -85,7 +85,8 @@ def test_how_patches_are_drawn_is_a_setting_that_changes_the_losses(
     ("options", "setting", "value"),
     [
         (["--context-share", "0.25"], "context_share", 0.25),
-        (["--no-memory-all"], "memory_all", False),
+        (["--pieces", "0"], "pieces", 0),
+        (["--no-refit"], "refit", False),
     ],
 )
 def test_what_comes_behind_the_steps_is_a_setting_too(
@@ -285,7 +286,7 @@ def test_a_model_trained_in_tiles_detects_in_tiles(
 ) -> None:
     for i in range(3):
         write_image(tmp_path / "in" / f"{i}.png", i, (300, 270))
-    options = [*short, "--tile", "--no-memory-all"]  # or it would know the image it calibrates with
+    options = [*short, "--tile", "--no-refit"]  # or it would know the image it calibrates with
     result = run("train", "--normal", tmp_path / "in", "-o", tmp_path / "model", *options)
     assert result.exit_code == 0
     assert "trained on 2 images, calibrated on 1 others" in result.stdout

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from glance_ext.data.stains import STAINS, StainSettings, stain, stain_images, turn
+from glance_ext.data.stains import STAINS, StainSettings, paste_pieces, stain, stain_images, turn
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -53,6 +53,59 @@ def test_stains_all_over_an_image_leave_most_of_it(height: int, width: int, cell
     assert changed.float().mean((1, 2)).min() > 0
     assert changed.float().mean((1, 2)).max() < 0.35
     assert changed.any(0).float().mean() > 5 * changed.float().mean()  # others in each image
+
+
+def test_pieces_are_of_the_image_or_of_the_other_one() -> None:
+    images, others = torch.full((30, 3, 64, 64), 0.2), torch.full((30, 3, 64, 64), 0.8)
+    images[..., :32] = 0.5
+    before = images.clone()
+    pasted = paste_pieces(images, others, generator(), 1)
+    assert torch.equal(images, before)
+    assert torch.equal(pasted, paste_pieces(images, others, generator(), 1))
+    assert not torch.equal(pasted, paste_pieces(images, others, generator(1), 1))
+    of_other = (pasted > 0.7).any(1).flatten(1).any(1)  # what the image itself never shows
+    assert 8 < of_other.sum() < 22
+    own = pasted[~of_other]
+    assert own.min() >= 0.2
+    assert own.max() <= 0.5
+    assert (own != images[~of_other]).any()
+    assert torch.equal(paste_pieces(images, others, generator(), 0), images)
+
+
+def test_pieces_are_turned_and_moved() -> None:
+    own = torch.rand((1, 3, 32, 32), generator=generator())
+    seen = set()
+    for seed in range(12):
+        piece = paste_pieces(own, own, generator(seed), 1)[0]
+        found = [
+            (quarters, row, column)
+            for quarters in range(4)
+            for row in range(32)
+            for column in range(32)
+            if _same(piece, own[0].rot90(quarters, (1, 2)).roll((row, column), (1, 2)), own[0])
+        ]
+        assert len(found) <= 1, seed
+        seen.update(found)
+    assert len(seen) > 8  # some are small and lie in a corner
+    assert {quarters for quarters, _, _ in seen} == {0, 1, 2, 3}
+    assert len({row for _, row, _ in seen}) > 7
+    assert len({column for _, _, column in seen}) > 7
+
+
+def _same(piece: torch.Tensor, source: torch.Tensor, image: torch.Tensor) -> bool:
+    """Whether so many changed pixels are the source's as no chance makes."""
+    inside = ((piece - source).abs() < 0.02) & ((piece - image).abs() > 0.02)
+    return int(inside.all(0).sum()) > 12
+
+
+def test_pieces_lie_anywhere_and_differ_in_size() -> None:
+    shape = (500, 3, 96, 96)
+    cover = paste_pieces(torch.zeros(shape), torch.ones(shape), generator(), 1)[:, 0] > 0.5
+    sizes = cover.flatten(1).sum(1)
+    sizes = sizes[sizes > 0]  # the others are of the image itself
+    assert sizes.min() < 250
+    assert sizes.max() > 3000
+    assert cover.any(0).all()
 
 
 def test_a_stain_is_one_blob() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glance_ext.data.grid import patch_grid
@@ -27,6 +28,12 @@ SETTINGS = TrainSettings(
 )
 
 
+@pytest.fixture(autouse=True)
+def few_distorted_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as one round over a few images makes."""
+    monkeypatch.setattr(module, "_ROUNDS", 1)
+
+
 @pytest.fixture
 def model(local_net_file: Path) -> Glance:
     torch.manual_seed(0)
@@ -36,40 +43,80 @@ def model(local_net_file: Path) -> Glance:
     return model
 
 
-def test_it_is_shown_stains_in_their_image_and_what_none_touches(
-    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("pieces", [0, 3])
+def test_it_is_shown_distortions_in_their_image_and_what_none_touches(
+    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch, pieces: int
 ) -> None:
-    real, seen = module.stain_images, []
+    seen: dict[str, list[tuple[Tensor, Tensor]]] = {"stain_images": [], "paste_pieces": []}
 
-    def spy(views: Tensor, *args: object) -> Tensor:
-        seen.append((views, real(views, *args)))
-        return seen[-1][1]
+    def spy(name: str) -> None:
+        real = getattr(module, name)
 
-    monkeypatch.setattr(module, "stain_images", spy)
-    monkeypatch.setattr(module, "_MOST_IMAGES", 2)
-    monkeypatch.setattr(module, "_STAINED", 10_000)
+        def spied(views: Tensor, *args: object) -> Tensor:
+            seen[name].append((views, real(views, *args)))
+            return seen[name][-1][1]
+
+        monkeypatch.setattr(module, name, spied)
+
+    for name in seen:
+        spy(name)
+    monkeypatch.setattr(module, "CONTEXT_IMAGES", 2)
+    monkeypatch.setattr(module, "_CHANGED", 5)  # of two images, each twice
+    monkeypatch.setattr(module, "_ROUNDS", 3)
+    monkeypatch.setattr(module, "_DISTORTED", 10_000)
     monkeypatch.setattr(module, "_CLEAN", 10_000)
-    distorted, clean = module._features(model, images, SETTINGS, CPU)
-    ((views, stained),) = seen
-    assert torch.equal(views, images[:2].float())
+    distorted, clean = module._features(model, images, replace(SETTINGS, pieces=pieces), CPU)
+    assert {name: len(calls) for name, calls in seen.items()} == {
+        "stain_images": 2,
+        "paste_pieces": 2 if pieces else 0,
+    }
     origins = patch_grid("16").origins
     expected: dict[str, list[Tensor]] = {"distorted": [], "clean": []}
-    for view, changed in zip(views, stained, strict=True):
-        mask = (changed - view).abs().amax(0) > 0.02
-        of_view, of_changed = model.context_net.patch_features(
-            normalise(torch.stack((view, changed))), origins
-        )
-        for (row, column), before, after in zip(origins.tolist(), of_view, of_changed, strict=True):
-            expected["clean"].append(before)
-            if mask[row + 12 : row + 21, column + 12 : column + 21].float().mean() >= 0.3:
-                expected["distorted"].append(after)
-            elif not mask[row : row + 33, column : column + 33].any():
-                expected["clean"].append(after)
+
+    def describe(view: Tensor) -> Tensor:
+        return model.context_net.patch_features(normalise(view[None]), origins)[0]
+
+    expected["clean"].extend(row for view in images[:2].float() for row in describe(view))
+    for name, share in (("stain_images", 0.3), ("paste_pieces", 0.6)):
+        for views, changed in seen[name]:
+            assert torch.equal(views, images[:2].float())
+            for view, other in zip(views, changed, strict=True):
+                mask = (other - view).abs().amax(0) > 0.02
+                if name == "paste_pieces":
+                    around = F.pad((other - view).abs().amax(0), (2, 2, 2, 2))
+                    mask = around.unfold(0, 5, 1).unfold(1, 5, 1).mean((-1, -2)) > 0.06
+                for (row, column), feature in zip(origins.tolist(), describe(other), strict=True):
+                    middle = mask[row + 12 : row + 21, column + 12 : column + 21].float().mean()
+                    if middle >= share:
+                        expected["distorted"].append(feature)
+                    elif not mask[row : row + 33, column : column + 33].any():
+                        expected["clean"].append(feature)
     for got, of in ((distorted, expected["distorted"]), (clean, expected["clean"])):
         assert len(got) == len(of)
         between = torch.cdist(got.double(), torch.stack(of).double())
         for axis in (0, 1):  # the same ones, in any order
             assert between.amin(axis).max() < 1e-3
+
+
+def test_it_learns_without_a_part_of_its_channels(
+    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    features = torch.rand(40, 448) + 1, torch.rand(50, 448) + 3
+    monkeypatch.setattr(module, "_features", lambda *_: features)
+    seen: list[Tensor] = []
+    monkeypatch.setattr(
+        model.context_head,
+        "forward",
+        lambda x: seen.append(x) or model.context_head.hidden(x)[:, 0],
+    )
+    context_stage(model, images, SETTINGS, CPU).step(torch.Generator().manual_seed(0))
+    (x,) = seen
+    missing = x == model.context_head.mean
+    assert abs(float(missing.float().mean()) - 0.3) < 0.01
+    assert (missing.float().mean(0) < 0.45).all()
+    assert (missing.float().mean(1) < 0.45).all()
+    assert (x[:256][~missing[:256]] < 2).all()
+    assert (x[256:][~missing[256:]] > 3).all()
 
 
 def test_the_head_learns_and_nothing_else_does(
@@ -85,9 +132,16 @@ def test_the_head_learns_and_nothing_else_does(
     assert changed == {f"context_head.{name}" for name in names}
 
 
+@pytest.mark.parametrize("call", [30, 90])
 def test_an_interrupted_run_ends_with_the_same_bits(
-    tmp_path: Path, pictures: list[Path], local_net_file: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    pictures: list[Path],
+    local_net_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    call: int,
 ) -> None:
+    """In its own stage, and in that in which it learns anew from held-out images too."""
+
     def run(name: str, resume: bool = False) -> dict[str, Tensor]:
         return train(
             pictures,
@@ -103,7 +157,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(
 
     def interrupted(*args: Tensor) -> Tensor:
         calls.append(args)
-        if len(calls) == 30:
+        if len(calls) == call:
             raise KeyboardInterrupt
         return real(*args)
 
@@ -113,6 +167,33 @@ def test_an_interrupted_run_ends_with_the_same_bits(
             run("parts")
     for name, value in run("parts", resume=True).items():
         assert torch.equal(value, whole[name]), name
+
+
+def test_it_learns_anew_from_held_out_images_too_and_is_calibrated_without(
+    tmp_path: Path, pictures: list[Path], local_net_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, counts = module._features, []
+
+    def spied(model: Glance, images: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+        counts.append(len(images))
+        return real(model, images, *args)
+
+    monkeypatch.setattr(module, "_features", spied)
+    both = {}
+    for refit in (False, True):
+        both[refit] = train(
+            pictures,
+            replace(SETTINGS, refit=refit),
+            output=tmp_path / str(refit),
+            local_net=local_net_file,
+            show_progress=False,
+        ).detector
+    assert counts == [5, 5, 6]  # one in five of six is held out
+    assert both[True].calibration == both[False].calibration
+    found = Detector.load(tmp_path / "True").model.context_head.state_dict()
+    kept = Detector.load(tmp_path / "False").model.context_head.state_dict()
+    assert not torch.equal(found["mean"], kept["mean"])
+    assert not torch.equal(found["hidden.weight"], kept["hidden.weight"])
 
 
 def test_its_share_of_a_score_is_calibrated_and_kept(
@@ -140,7 +221,8 @@ def test_its_share_of_a_score_is_calibrated_and_kept(
 def test_without_any_stain_in_a_patch_the_error_says_so(
     model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "stain_images", lambda views, *_: views)
+    for name in ("stain_images", "paste_pieces"):
+        monkeypatch.setattr(module, name, lambda views, *_: views)
     with pytest.raises(GlanceError, match="expected a stain in the middle of a patch of 6 images"):
         module._features(model, images, SETTINGS, CPU)
 

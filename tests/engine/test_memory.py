@@ -107,7 +107,7 @@ def test_training_fills_it_and_the_detector_keeps_it(
         packaged, _ = load_checkpoint(packaged_context_net(), "context_net")
         for name, tensor in detector.model.context_net.state_dict().items():
             assert torch.equal(tensor, packaged[f"context_net.{name}"])
-        assert detector.model.memory.kept.shape[1] == ContextNet.FEATURES
+        assert detector.model.memory.kept.shape[1] == sum(ContextNet.LAYERS[:2])
     else:
         assert detector.model.context_net is None
         assert detector.model.memory.decoder is None
@@ -141,7 +141,7 @@ def test_held_out_images_are_kept_too_once_it_is_calibrated(
     for everything in (True, False):
         result = train(
             pictures,
-            replace(settings, memory_all=everything),
+            replace(settings, refit=everything),
             output=tmp_path / f"{tile}-{everything}",
             local_net=local_net_file,
             show_progress=False,

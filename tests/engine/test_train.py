@@ -69,16 +69,16 @@ def test_a_run_leaves_a_model_and_no_state(trained: Path, pictures: list[Path]) 
     assert detector.detect(pictures[0]).map.shape == (64, 64)
 
 
-@pytest.mark.parametrize("memory_all", [False, True])
+@pytest.mark.parametrize("refit", [False, True])
 def test_the_threshold_is_the_score_of_the_image_that_was_kept_from_training(
-    tmp_path: Path, pictures: list[Path], local_net_file: Path, memory_all: bool
+    tmp_path: Path, pictures: list[Path], local_net_file: Path, refit: bool
 ) -> None:
     """And stays that, where the memory then comes to know this image, whose score falls."""
-    settings = replace(SETTINGS, memory_all=memory_all)
+    settings = replace(SETTINGS, refit=refit)
     detector = fit(pictures, tmp_path, local_net_file, settings).detector
     _, (held_out,) = split_held_out(pictures, settings.held_out_share, settings.seed)
     score = detector.detect(held_out).score
-    if memory_all:
+    if refit:
         assert score < detector.threshold - 0.1
     else:
         assert score == pytest.approx(detector.threshold, abs=1e-5)

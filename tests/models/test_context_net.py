@@ -45,8 +45,10 @@ def test_it_is_resnet18_with_its_batch_norms_folded() -> None:
     x = image(96, dtype=torch.float64)
     with torch.no_grad():
         y = network.layer1(network.maxpool(network.act1(network.bn1(network.conv1(x)))))
+        z = network.layer2(y)
+        expected_maps = (y, z, network.layer3(z))
         for found, expected in zip(
-            make.from_resnet(network).double()(x), (y, network.layer2(y)), strict=True
+            make.from_resnet(network).double()(x), expected_maps, strict=True
         ):
             torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -68,7 +70,8 @@ def test_a_patch_has_what_the_layers_have_at_its_centre(net: ContextNet, side: i
     last = side - 33
     origins = torch.tensor([[0, 0], [last, last], [last // 2, 1], [last, 0], [3, last // 3]])
     found = wide.patch_features(x, origins)
-    assert found.shape == (1, 5, ContextNet.FEATURES)
+    assert found.shape == (1, 5, 64 + 128 + 256)
+    assert net.features == 448
     maps = wide(x)
     for index, origin in enumerate(origins):
         expected = []
@@ -93,7 +96,7 @@ def test_a_patch_has_what_the_layers_have_at_its_centre(net: ContextNet, side: i
 
 
 def test_what_lies_beyond_its_reach_changes_nothing(net: ContextNet) -> None:
-    """99 pixels of layer2, cells beside and between them included: 65 on either side at most."""
+    """211 pixels of layer3 and 99 of layer2, with the cells beside and between them."""
     x = image()
     origin = torch.tensor([[112, 112]])
     before = net.patch_features(x, origin)
@@ -102,10 +105,19 @@ def test_what_lies_beyond_its_reach_changes_nothing(net: ContextNet) -> None:
     far[..., 128 + 66 :, :] = 1
     far[..., : 128 - 66] = 1
     far[..., 128 + 66 :] = 1
-    assert torch.equal(net.patch_features(far, origin), before)
+    assert torch.equal(net.patch_features(far, origin)[..., :192], before[..., :192])
+    assert not torch.allclose(net.patch_features(far, origin)[..., 192:], before[..., 192:])
     near = x.clone()
     near[..., 112:145, 112:145] += 0.5
     assert not torch.allclose(net.patch_features(near, origin), before)
+    large = image(512)
+    far = large.clone()
+    far[..., : 256 - 138, :] = 1
+    far[..., 256 + 138 :, :] = 1
+    far[..., : 256 - 138] = 1
+    far[..., 256 + 138 :] = 1
+    origin = torch.tensor([[240, 240]])
+    assert torch.equal(net.patch_features(far, origin), net.patch_features(large, origin))
 
 
 def test_each_image_may_have_patches_of_its_own(net: ContextNet) -> None:
@@ -135,5 +147,23 @@ def test_a_model_asks_for_what_its_memory_compares() -> None:
     features = torch.zeros(1, 2, 4)
     with pytest.raises(ValueError, match="expected context_features for the context_net, got none"):
         model.compare(features, features)
-    assert model.memory.layers == list(ContextNet.LAYERS)
+    assert model.memory.layers == list(ContextNet.LAYERS[:2])
+    assert model.context_net.features == 192
+
+
+def test_the_memory_compares_two_layers_and_the_head_in_context_reads_three(
+    net: ContextNet,
+) -> None:
+    model = Glance(LocalNet(5, 4), memory_size=3, memory_context=True, context_head=True)
+    load_context_net(model.context_net)
+    origins = torch.tensor([[0, 0], [100, 50]])
+    raw = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    features = model.context_features(raw, origins)
+    assert features.shape == (1, 2, 448)
+    assert torch.equal(model.remembered(features, features), features[..., :192])
+    near = Glance(LocalNet(5, 4), memory_size=3, memory_context=True)
+    load_context_net(near.context_net)
+    torch.testing.assert_close(near.context_features(raw, origins), features[..., :192])
+    local = torch.zeros(1, 2, 4)
+    assert torch.equal(near.remembered(local, None), local)
     assert Glance(LocalNet(5, 4)).context_features(image(), torch.zeros(1, 2)) is None
