@@ -49,6 +49,7 @@ def test_reproduce_shows_the_committed_figures(name: str) -> None:
         ("with novelty of `fine`", "fine"),
         ("a direction for each layer", "each"),
         ("and a memory of held-out images too", "memory"),
+        ("and a head in context, taught stains", "spots"),
         ("today's default", "0"),
     )
     for setting, file in settings:
@@ -115,6 +116,25 @@ def test_reproduce_shows_what_the_head_in_context_and_held_out_images_bring() ->
         words = [row["set"], "yes" if row["memory_all"] else "no", f"{row['context_share']:g}"]
         figures = [f"{row[key]:.3f}" for key in ("image_AUROC", "pixel_AUPRO")]
         assert [*words, *figures] in shown
+
+
+def test_reproduce_shows_what_pieces_teach_the_head_in_context() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "pieces.json").read_text())["results"]
+    shown = _rows(ROOT / "docs" / "reproduce.md")
+    assert len(found) == 4 * 7
+    settings = ("distortions", "layers", "left_out", "memory_share", "context_share")
+    means: dict[tuple[object, ...], list[tuple[float, float]]] = {}
+    for row in found:
+        pair = row["image_AUROC"], row["pixel_AUPRO"]
+        key = tuple(row[name] for name in settings)
+        words = [value if isinstance(value, str) else f"{value:g}" for value in key]
+        assert [row["set"], *words, *(f"{x:.3f}" for x in pair)] in shown
+        means.setdefault(key, []).append(pair)
+    first, default = means["stains", 2, 0, 0.5, 0.5], means["stains and pieces", 3, 0.3, 0.4, 0.75]
+    text = " ".join((ROOT / "docs" / "reproduce.md").read_text().split())
+    (auroc, pro), (auroc_now, pro_now) = np.mean(first, 0), np.mean(default, 0)
+    assert f"PRO rises from {pro:.3f} to {pro_now:.3f}" in text
+    assert f"image AUROC from {auroc:.3f} to {auroc_now:.3f}" in text
 
 
 def test_reproduce_shows_the_committed_classes_of_cifar10() -> None:

@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from glance_ext.data.textures import TEXTURES, texture
+from glance_ext.engine import context_head
 from glance_ext.engine.detector import Detector
 from glance_ext.engine.settings import preset
 from glance_ext.engine.train import NormalImages, train_loaded
 
 RATE = 0.25
-HELD_OUT, FRESH = 40, 60
+LEARNT, HELD_OUT, FRESH = 160, 40, 60  # one in five is held out, as by default
 
 
 def tiles(name: str, count: int, rng: np.random.Generator) -> torch.Tensor:
@@ -31,15 +32,17 @@ def tiles(name: str, count: int, rng: np.random.Generator) -> torch.Tensor:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Detector, torch.Tensor]]:
     """For each texture a detector with few patches, and fresh good tiles."""
     # Four times 33 pixels a patch: nine patches an image, so that hundreds of images are enough.
-    short = {"steps": 2, "batch_size": 8, "context_steps": 200}
+    short = {"steps": 2, "batch_size": 8, "head_steps": 0, "context_steps": 100, "turns": False}
     settings = preset("default", **short, patch_scale=4, grid="16")
     found = []
     for index, name in enumerate(TEXTURES):
         rng = np.random.default_rng([7, index])
-        learnt, held_out, fresh = (tiles(name, n, rng) for n in (32, HELD_OUT, FRESH))
+        learnt, held_out, fresh = (tiles(name, n, rng) for n in (LEARNT, HELD_OUT, FRESH))
         normal = NormalImages(learnt, len(learnt), list(held_out), name)
         folder: Path = tmp_path_factory.mktemp(name)
-        result = train_loaded(normal, settings, output=folder, show_progress=False)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(context_head, "_ROUNDS", 1)
+            result = train_loaded(normal, settings, output=folder, show_progress=False)
         found.append((result.detector, fresh))
     return found
 
