@@ -19,7 +19,7 @@ from glance_ext.models.glance import PATCH_SIZE, Glance
 from glance_ext.models.heads import ContextHead, distortion_loss
 from glance_ext.models.normalisation import normalise
 
-CONTEXT_IMAGES = 256
+CONTEXT_IMAGES = 256  # the most that are learnt
 _CHANGED = 400  # images that are distorted in each way: each image at least once
 _ROUNDS = 4  # and at the most so often
 _DISTORTED, _CLEAN = 128, 64  # patches kept at the most of a distorted image

@@ -243,7 +243,7 @@ class TrainSettings:
 
 
 PRESETS: dict[str, TrainSettings] = {
-    "quick": TrainSettings(steps=200),
+    "quick": TrainSettings(steps=200, memory_share=0.5),  # as chosen without a head in context
     "default": TrainSettings(head_steps=1500, context_steps=2000),
     "paper": TrainSettings(
         local_net="deep",

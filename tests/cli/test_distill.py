@@ -39,7 +39,7 @@ def test_a_distilled_local_net_trains_a_model(run: Run, good: Path, tmp_path: Pa
     result = run(
         "train", "--normal", good, "-o", tmp_path / "out", "--local-net", net, "--steps", 1,
         "--batch-size", 2, "--head-steps", 20, "--context-steps", 20, "--memory-size", 50,
-        "--grid", 33,
+        "--grid", 33, "--no-turns",
     )  # fmt: skip
     assert result.exit_code == 0
     again = run("distill", good, "-o", net, *TEACHER)

@@ -53,8 +53,8 @@ def test_an_interrupted_training_goes_on_to_the_same_model(
 ) -> None:
     def arguments(output: Path) -> list[object]:
         return ["train", "--normal", good, "-o", output, "--steps", 60, "--batch-size", 2,
-                "--head-steps", 20, "--context-steps", 20, "--memory-size", 50, "--grid", 33,
-                "--local-net", local_net]  # fmt: skip
+                "--head-steps", 20, "--context-steps", 20, "--no-turns", "--memory-size", 50,
+                "--grid", 33, "--local-net", local_net]  # fmt: skip
 
     child = process(*arguments(tmp_path / "parts"))
     seen = wait_for(child, r"joint: .* [1-9]\d*/60 ")

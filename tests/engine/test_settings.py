@@ -22,6 +22,13 @@ def test_the_papers_preset_has_the_papers_numbers() -> None:
     assert (paper.patch_scale, paper.distortion, paper.head_steps) == (1, "stain", 0)
 
 
+def test_presets_have_the_shares_that_were_chosen_with_and_without_a_head_in_context() -> None:
+    quick, default = preset("quick"), preset("default")
+    assert (quick.context_steps, quick.memory_share) == (0, 0.5)
+    assert default.context_steps > 0
+    assert (default.memory_share, default.context_share, default.pieces) == (0.4, 0.75, 3)
+
+
 def test_training_sees_every_patch_of_the_grid_unless_positions_are_named() -> None:
     assert preset("default").positions == "4"
     assert preset("default", grid="8").positions == "4"
@@ -71,6 +78,7 @@ def test_changes_that_are_none_change_nothing() -> None:
         ({"grid": "99"}, "grid: expected 'paper' or a stride"),
         ({"distortion": "scratch"}, "distortion: expected one of stain, turn, got 'scratch'"),
         ({"head_steps": -1}, "head steps: expected at least 0, got -1"),
+        ({"pieces": -1}, "pieces: expected at least 0, got -1"),
         ({"memory_size": -1}, "memory size: expected at least 0, got -1"),
         ({"memory_share": 1.5}, "memory share: expected a share between 0 and 1, got 1.5"),
         (
