@@ -12,11 +12,18 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from glance_ext.cli import main
+from glance_ext.engine import context_head
 from glance_ext.engine.distill import DistilledNet, save_local_net
 from glance_ext.models.local_net import Decoder, LocalNet
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., Result]
+
+
+@pytest.fixture(autouse=True)
+def one_round_of_distortions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The distortion head in context sees each of a test's few images distorted only once."""
+    monkeypatch.setattr(context_head, "_ROUNDS", 1)
 
 
 @pytest.fixture(scope="session")

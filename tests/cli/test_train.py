@@ -100,7 +100,8 @@ def test_what_comes_behind_the_steps_is_a_setting_too(
 ) -> None:
     scores = {}
     for name, more in (("plain", []), ("changed", options)):
-        base = ["train", "--normal", good, "-o", tmp_path / name, *short, "--context-steps", 3]
+        base = ["train", "--normal", good, "-o", tmp_path / name, *short]
+        base += ["--context-steps", 3, "--no-turns"]
         assert run(*base, *more).exit_code == 0
         detector = Detector.load(tmp_path / name)
         scores[name] = [detector.detect(path).score for path in sorted(good.iterdir())]

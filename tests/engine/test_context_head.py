@@ -1,5 +1,6 @@
 """The distortion head in context: what it is shown, what it learns, and its share of a score."""
 
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from glance_ext.data.grid import patch_grid
 from glance_ext.engine import context_head as module
+from glance_ext.engine import train as training
 from glance_ext.engine.context_head import context_stage
 from glance_ext.engine.detector import MODEL_FILE, Detector
 from glance_ext.engine.distill import load_local_net
@@ -132,15 +134,15 @@ def test_the_head_learns_and_nothing_else_does(
     assert changed == {f"context_head.{name}" for name in names}
 
 
-@pytest.mark.parametrize("call", [30, 90])
+@pytest.mark.parametrize("call", [30, 90, None])
 def test_an_interrupted_run_ends_with_the_same_bits(
     tmp_path: Path,
     pictures: list[Path],
     local_net_file: Path,
     monkeypatch: pytest.MonkeyPatch,
-    call: int,
+    call: int | None,
 ) -> None:
-    """In its own stage, and in that in which it learns anew from held-out images too."""
+    """In its own stage, in that in which it learns anew from held-out images too, and behind."""
 
     def run(name: str, resume: bool = False) -> dict[str, Tensor]:
         return train(
@@ -158,13 +160,19 @@ def test_an_interrupted_run_ends_with_the_same_bits(
     def interrupted(*args: Tensor) -> Tensor:
         calls.append(args)
         if len(calls) == call:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)  # training stops behind this step
         return real(*args)
+
+    def never(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
         patched.setattr(module, "distortion_loss", interrupted)
+        if call is None:
+            patched.setattr(training, "calibrate", never)
         with pytest.raises((Interrupted, KeyboardInterrupt)):
             run("parts")
+    assert len(calls) == (call or 120)
     for name, value in run("parts", resume=True).items():
         assert torch.equal(value, whole[name]), name
 
