@@ -70,7 +70,7 @@ def fit_memory(
         features = model.context_features(whole, patches.origins)
         if features is None:
             features = model.local_net.dense(model.local_view(normalise(whole)), plan)
-        features = model.remembered(features, features)[0]
+        features = model.remembered(features)[0]
         drawn = torch.randperm(len(features), generator=step_generator(seed, "memory", index))
         candidates.append(features[drawn[:share].to(device)])
     model.memory.fit(torch.cat(candidates), step_generator(seed, "coreset", 0))

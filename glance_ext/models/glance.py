@@ -219,15 +219,17 @@ class Glance(nn.Module):
             -log_odds,
             None
             if self.memory is None
-            else self.memory(self.remembered(local_features, context_features)),
+            else self.memory(
+                self.remembered(local_features if context_features is None else context_features)
+            ),
             None if self.context_head is None else -self.context_head(context_features),
         )
 
-    def remembered(self, local_features: Tensor, context_features: Tensor | None) -> Tensor:
-        """What the memory compares of both features of patches, ``(..., m)``."""
-        if context_features is None:
-            return local_features
-        return context_features[..., : sum(ContextNet.LAYERS[:_COMPARED_LAYERS])]
+    def remembered(self, features: Tensor) -> Tensor:
+        """What the memory compares of patches' context features, or without any of ``Z_l``."""
+        if self.context_net is None:
+            return features
+        return features[..., : sum(ContextNet.LAYERS[:_COMPARED_LAYERS])]
 
     def plan(
         self,

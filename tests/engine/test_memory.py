@@ -28,11 +28,15 @@ from tests.engine import test_detector
 RAW = replace(test_detector.RAW, grid="33")
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["local", "context"])
+@pytest.fixture(
+    scope="module", params=[(4, False), (200, False), (4, True)], ids=["local", "wide", "context"]
+)
 def filled(request: pytest.FixtureRequest) -> tuple[Glance, list[torch.Tensor]]:
+    """Wide features are longer than what two layers of the context net give."""
     torch.manual_seed(0)
-    model = Glance(LocalNet(5, 4), memory_size=500, memory_context=request.param)
-    if request.param:
+    features, context = request.param
+    model = Glance(LocalNet(5, features), memory_size=500, memory_context=context)
+    if context:
         load_context_net(model.context_net)
     images = [torch.rand(3, 256, 256) for _ in range(3)]
     fit_memory(model, iter(images), count=3, grid="33", seed=0, device=torch.device("cpu"))

@@ -160,10 +160,10 @@ def test_the_memory_compares_two_layers_and_the_head_in_context_reads_three(
     raw = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     features = model.context_features(raw, origins)
     assert features.shape == (1, 2, 448)
-    assert torch.equal(model.remembered(features, features), features[..., :192])
+    assert torch.equal(model.remembered(features), features[..., :192])
     near = Glance(LocalNet(5, 4), memory_size=3, memory_context=True)
     load_context_net(near.context_net)
     torch.testing.assert_close(near.context_features(raw, origins), features[..., :192])
-    local = torch.zeros(1, 2, 4)
-    assert torch.equal(near.remembered(local, None), local)
+    local = torch.rand(1, 2, 500)
+    assert torch.equal(Glance(LocalNet(5, 500), memory_size=3).remembered(local), local)
     assert Glance(LocalNet(5, 4)).context_features(image(), torch.zeros(1, 2)) is None
