@@ -146,9 +146,7 @@ def stain_images(
     return changed
 
 
-def paste_pieces(
-    images: Tensor, others: Tensor, generator: torch.Generator, count: int = 3
-) -> Tensor:
+def paste_pieces(images: Tensor, others: Tensor, generator: torch.Generator, count: int) -> Tensor:
     """Puts pieces of good images where they do not belong.
 
     Each piece is of the same image or of the other one, moved round its edges and turned by

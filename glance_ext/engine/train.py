@@ -172,7 +172,7 @@ def train_loaded(
             f"{world.rank} and {theirs} in process 0"
         )
     whiten = settings.whiten and settings.lambda_s > 0
-    refit = settings.refit and not optimistic
+    refit = settings.refit and settings.memory_size > 0 and not optimistic
     distilled = load_local_net(local_net or packaged_local_net(settings.local_net))
     torch.manual_seed(settings.seed)
     model = Glance(
@@ -223,12 +223,13 @@ def train_loaded(
         trainer.run(context_stage(model, views, settings, device, progress=bar_over_features))
         trainer.restore_modules({"model": model})
 
-    def of_some(more: Sequence[Tensor | Path] | Images, most: int) -> Images:
-        some = _some_of(images, more, most, settings.seed)
+    def of_some(more: Sequence[Tensor], most: int) -> Images:
+        some = _some_of(images, more, most)
         return Turned(some) if settings.turns else some
 
+    learnt_later = _loaded(held_out, settings.seed) if refit else []
     if refitted_head is not None:
-        everything = of_some(held_out, CONTEXT_IMAGES)
+        everything = of_some(learnt_later, CONTEXT_IMAGES)
         trainer.run(
             context_stage(
                 model, everything, settings, device, refitted_head, progress=bar_over_features
@@ -287,8 +288,8 @@ def train_loaded(
         context_share=settings.context_share,
         surprisal=settings.surprisal,
     )
-    if model.memory is not None and refit:
-        fill_memory(of_some(held_out, _MEMORY_IMAGES))
+    if refit:
+        fill_memory(of_some(learnt_later, _MEMORY_IMAGES))
     if refitted_head is not None:
         model.context_head = refitted_head
     record: dict[str, Any] = {
@@ -309,17 +310,18 @@ def _spread(count: int, most: int) -> list[int]:
     return [int(i * step) for i in range(min(count, most))]
 
 
-def _some_of(
-    images: Tensor | Enlarged, more: Sequence[Tensor | Path] | Images, most: int, seed: int
-) -> Tensor:
-    """At most so many of both together, evenly spread, ``(n, 3, 256, 256)``; windows of files."""
-    files = [path for path in more if isinstance(path, Path)]
-    others = [image for image in more if isinstance(image, Tensor)]
-    if files:
-        others += load_windows(files, seed, _unheard)[0]
+def _loaded(held_out: Sequence[Tensor | Path] | Images, seed: int) -> list[Tensor]:
+    """Held-out images, ``(3, 256, 256)`` each; windows of files."""
+    files = [path for path in held_out if isinstance(path, Path)]
+    images = [image for image in held_out if isinstance(image, Tensor)]
+    return [*images, *load_windows(files, seed, _unheard)[0]]
+
+
+def _some_of(images: Tensor | Enlarged, more: Sequence[Tensor], most: int) -> Tensor:
+    """At most so many of both together, evenly spread, ``(n, 3, 256, 256)``."""
     count = len(images)
-    picks = _spread(count + len(others), most)
-    some = [images[i] if i < count else others[i - count] for i in picks]
+    picks = _spread(count + len(more), most)
+    some = [images[i] if i < count else more[i - count] for i in picks]
     return torch.stack([image.to(some[0]) for image in some])
 
 
