@@ -108,7 +108,15 @@ def training_options(command: Any) -> Any:
             "its share of a patch's score. The paper's is 0.",
         ),
         click.option(
-            "--memory-share", type=click.FloatRange(0, 1), help="That share, with a memory."
+            "--memory-drawn",
+            type=click.FloatRange(0, 1),
+            help="Share of these that is drawn at random, dense where good patches are; the rest "
+            "is a coreset, which has what is rare.",
+        ),
+        click.option(
+            "--memory-share",
+            type=click.FloatRange(0, 1),
+            help="Share of the novelty in a patch's score, with a memory.",
         ),
         click.option(
             "--memory-of",

@@ -48,6 +48,7 @@ def fit_memory(
     grid: str,
     seed: int,
     device: torch.device,
+    drawn: float = 0.0,
 ) -> None:
     """Fills the model's ``memory`` with features of normal images, as many patches of each.
 
@@ -58,6 +59,7 @@ def fit_memory(
         grid: Which patches of an image may be kept.
         seed: Of the patches drawn, and of the coreset's projection.
         device: Where to compute.
+        drawn: Share of the memory that is drawn at random, the rest being a coreset.
     """
     assert model.memory is not None
     patches = patch_grid(grid, image_size=model.view_size)
@@ -71,6 +73,6 @@ def fit_memory(
         if features is None:
             features = model.local_net.dense(model.local_view(normalise(whole)), plan)
         features = model.remembered(features)[0]
-        drawn = torch.randperm(len(features), generator=step_generator(seed, "memory", index))
-        candidates.append(features[drawn[:share].to(device)])
-    model.memory.fit(torch.cat(candidates), step_generator(seed, "coreset", 0))
+        order = torch.randperm(len(features), generator=step_generator(seed, "memory", index))
+        candidates.append(features[order[:share].to(device)])
+    model.memory.fit(torch.cat(candidates), step_generator(seed, "coreset", 0), drawn)

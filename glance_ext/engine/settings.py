@@ -73,7 +73,9 @@ class TrainSettings:
             all patches of an image, ``"image"``.
         memory_size: Features of normal patches that are kept, and how far a patch is from the
             nearest of them is part of its score; 0 for none, as in the paper.
-        memory_share: Share of that in a patch's score.
+        memory_drawn: Share of these that is drawn at random; the rest is a coreset, which leaves
+            none of many more far from all of it.
+        memory_share: Share of the novelty in a patch's score.
         memory_of: What is kept and compared: ``"context"`` for what the first layers of a
             pretrained network see at a patch in its image, ``"teacher"`` for the teacher's features
             as Local-Net's decoder tells them, ``"local"`` for Local-Net's own.
@@ -123,6 +125,7 @@ class TrainSettings:
     whiten: bool = True
     whiten_over: str = "patch"
     memory_size: int = 2000
+    memory_drawn: float = 0.25
     memory_share: float = 0.4
     memory_of: str = "context"
     refit: bool = True
@@ -179,6 +182,10 @@ class TrainSettings:
             raise GlanceError(f"head steps: expected at least 0, got {self.head_steps}")
         if self.memory_size < 0:
             raise GlanceError(f"memory size: expected at least 0, got {self.memory_size}")
+        if not 0 <= self.memory_drawn <= 1:
+            raise GlanceError(
+                f"memory drawn: expected a share between 0 and 1, got {self.memory_drawn}"
+            )
         if not 0 <= self.memory_share <= 1:
             raise GlanceError(
                 f"memory share: expected a share between 0 and 1, got {self.memory_share}"

@@ -255,6 +255,7 @@ def train_loaded(
             grid=settings.grid,
             seed=settings.seed,
             device=device,
+            drawn=settings.memory_drawn,
         )
 
     if whiten:

@@ -87,25 +87,35 @@ class FeatureMemory(nn.Module):
         return torch.cat([F.normalize(part, dim=-1) for part in parts], -1) / len(parts) ** 0.5
 
     @torch.no_grad()
-    def fit(self, features: Tensor, generator: torch.Generator) -> None:
+    def fit(self, features: Tensor, generator: torch.Generator, drawn: float = 0.0) -> None:
         """Keeps the directions of a coreset of ``features``, or of all if they are fewer.
+
+        A coreset has what is rare, and of what is common no more: so the common is far from it
+        for a normal feature, too. Some drawn at random are dense where normal ones are.
 
         What was kept before is forgotten.
 
         Args:
             features: Of normal patches, ``(M, n)``.
-            generator: Of the projection in which it is chosen.
+            generator: Of the projection in which the coreset is chosen, and of what is drawn.
+            drawn: Share of what is kept that is drawn at random from beside the coreset.
 
         Raises:
-            ValueError: There is no feature.
+            ValueError: There is no feature, or no such share.
         """
+        if not 0 <= drawn <= 1:
+            raise ValueError(f"FeatureMemory: expected a share between 0 and 1, got drawn={drawn}")
         if len(features) < 1:
             raise ValueError("FeatureMemory: expected at least one feature, got 0")
         features = self.decoded(features.to(self.spread))
         self.spread.copy_(channel_spread(features))
         directions = self.directions(features)
-        picks = coreset(directions, self.size, generator)
-        self.kept = directions[picks.to(features.device)]
+        picks = coreset(directions, self.size - round(drawn * self.size), generator)
+        beside = torch.ones(len(directions), dtype=torch.bool)
+        beside[picks] = False
+        others = beside.nonzero()[:, 0]
+        some = others[torch.randperm(len(others), generator=generator)[: self.size - len(picks)]]
+        self.kept = directions[torch.cat((picks, some)).to(features.device)]
 
 
 def coreset(features: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -124,6 +134,8 @@ def coreset(features: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """
     if size >= len(features):
         return torch.arange(len(features))
+    if size < 1:
+        return torch.arange(0)
     wide = features.shape[1]
     projected = features.float()
     if wide > _PROJECTED:

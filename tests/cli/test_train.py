@@ -85,6 +85,8 @@ def test_how_patches_are_drawn_is_a_setting_that_changes_the_losses(
     ("options", "setting", "value"),
     [
         (["--context-share", "0.25"], "context_share", 0.25),
+        (["--memory-drawn", "1"], "memory_drawn", 1.0),
+        (["--memory-share", "0.25"], "memory_share", 0.25),
         (["--pieces", "0"], "pieces", 0),
         (["--no-refit"], "refit", False),
     ],
@@ -101,7 +103,7 @@ def test_what_comes_behind_the_steps_is_a_setting_too(
     scores = {}
     for name, more in (("plain", []), ("changed", options)):
         base = ["train", "--normal", good, "-o", tmp_path / name, *short]
-        base += ["--context-steps", 3, "--no-turns"]
+        base += ["--context-steps", 3, "--no-turns", "--memory-size", 20]
         assert run(*base, *more).exit_code == 0
         detector = Detector.load(tmp_path / name)
         scores[name] = [detector.detect(path).score for path in sorted(good.iterdir())]

@@ -26,6 +26,7 @@ def test_presets_have_the_shares_that_were_chosen_with_and_without_a_head_in_con
     quick, default = preset("quick"), preset("default")
     assert (quick.context_steps, quick.memory_share) == (0, 0.5)
     assert default.context_steps > 0
+    assert default.memory_drawn == 0.25
     assert (default.memory_share, default.context_share, default.pieces) == (0.4, 0.75, 3)
 
 
@@ -80,6 +81,7 @@ def test_changes_that_are_none_change_nothing() -> None:
         ({"head_steps": -1}, "head steps: expected at least 0, got -1"),
         ({"pieces": -1}, "pieces: expected at least 0, got -1"),
         ({"memory_size": -1}, "memory size: expected at least 0, got -1"),
+        ({"memory_drawn": 1.5}, "memory drawn: expected a share between 0 and 1, got 1.5"),
         ({"memory_share": 1.5}, "memory share: expected a share between 0 and 1, got 1.5"),
         (
             {"standardise": False, "surprisal": False},

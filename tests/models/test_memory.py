@@ -89,6 +89,36 @@ def test_coreset_leaves_nothing_far_from_it() -> None:
 
 def test_coreset_of_more_than_there_are_is_all() -> None:
     assert coreset(torch.randn(5, 3), 9, generator()).tolist() == [0, 1, 2, 3, 4]
+    assert coreset(torch.randn(5, 3), 0, generator()).tolist() == []
+
+
+@pytest.mark.parametrize(("drawn", "chosen"), [(0.0, 40), (0.25, 30), (0.5, 20), (1.0, 0)])
+def test_some_are_drawn_where_features_are_dense(drawn: float, chosen: int) -> None:
+    centres = F.normalize(torch.randn(20, 40, generator=generator()), dim=1)
+    owners = torch.cat([torch.zeros(400), *(torch.full((3,), float(k)) for k in range(1, 20))])
+    rows = centres[owners.long()] + torch.randn(457, 40, generator=generator(1)) * 0.01
+    memory = FeatureMemory(40, 40)
+    memory.fit(rows, generator(2), drawn)
+    directions = memory.directions(rows)
+    kept = (memory.kept[:, None] - directions).abs().amax(2).argmin(1)
+    assert kept.unique().numel() == 40  # nothing twice
+    assert kept[:chosen].tolist() == coreset(directions, chosen, generator(2)).tolist()
+    common = (owners[kept[chosen:]] == 0).float().mean()
+    assert not 40 - chosen or float(common) > 0.75
+
+
+def test_with_few_features_all_are_kept_however_they_are_drawn(normal: torch.Tensor) -> None:
+    for drawn in (0.0, 0.25, 1.0):
+        memory = FeatureMemory(320, 6)
+        memory.fit(normal, generator(), drawn)
+        assert len(memory) == 300
+        assert float(memory(normal[None]).max()) < 2e-3
+
+
+@pytest.mark.parametrize("drawn", [-0.1, 1.1, float("nan")])
+def test_what_is_drawn_is_a_share(normal: torch.Tensor, drawn: float) -> None:
+    with pytest.raises(ValueError, match=f"expected a share between 0 and 1, got drawn={drawn}"):
+        FeatureMemory(40, 6).fit(normal, generator(), drawn)
 
 
 def test_without_a_feature_nothing_can_be_kept() -> None:
