@@ -144,6 +144,12 @@ def training_options(command: Any) -> Any:
             "alone.",
         ),
         click.option(
+            "--grain/--no-grain",
+            default=None,
+            help="Let some images that this head learns be noisier or less sharp, as good ones to "
+            "come may be.",
+        ),
+        click.option(
             "--context-share",
             type=click.FloatRange(0, 1),
             help="Its share in what both distortion heads say.",

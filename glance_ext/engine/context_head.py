@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glance_ext.data.grain import vary_grain
 from glance_ext.data.grid import patch_grid
 from glance_ext.data.patches import Images
 from glance_ext.data.stains import STAINS, paste_pieces, stain_images
@@ -66,7 +67,7 @@ def context_stage(
     Args:
         model: Its ``context_head`` is trained in place, or only describes patches for another head.
         images: ``(N, 3, 256, 256)`` normal images, RGB in [0, 1]; the first 256 are taken.
-        settings: Context steps, the head's learning rate, stains, pieces, grid and seed.
+        settings: Context steps, the head's learning rate, stains, pieces, grain, grid and seed.
         device: Where to train.
         refitted: That other head, for the stage "refit" behind "context".
         progress: Goes through the batches of images whose features are computed, before the first
@@ -124,11 +125,11 @@ def _features(
     rounds = min(max(1, _CHANGED // count), _ROUNDS)
     for first in progress(range(0, count, 8)):
         generator = step_generator(settings.seed, "spots", first)
-        views = model.local_view(images[first : min(first + 8, count)].float()).to(device)
-        for view in views:
+        views = model.local_view(images[first : min(first + 8, count)].float()).cpu()
+        for view in _as_another(views, settings, generator).to(device):
             clean.append(describe(view, _some(everywhere, rounds * _CLEAN, generator)))
-        for changed, visible in _distorted(model, views, images, rounds, settings, generator):
-            for view, other in zip(views, changed, strict=True):
+        for before, after, visible in _distorted(model, views, images, rounds, settings, generator):
+            for view, other in zip(before.to(device), after.to(device), strict=True):
                 middle, anywhere = _covered(view, other, visible, origins)
                 least = middle.max().clamp_max(visible.share)
                 spots = ((middle > 0) & (middle >= least)).nonzero()[:, 0]
@@ -144,6 +145,11 @@ def _features(
     return found, torch.cat(clean)
 
 
+def _as_another(views: Tensor, settings: TrainSettings, generator: torch.Generator) -> Tensor:
+    """Good images in the grain and focus of other ones, if that is wanted."""
+    return vary_grain(views, generator) if settings.grain else views
+
+
 def _distorted(
     model: Glance,
     views: Tensor,
@@ -151,17 +157,17 @@ def _distorted(
     rounds: int,
     settings: TrainSettings,
     generator: torch.Generator,
-) -> Iterator[tuple[Tensor, _Visible]]:
-    """Some images with stains and with pieces of any of all images, and when these show."""
-    on_cpu = views.cpu()
+) -> Iterator[tuple[Tensor, Tensor, _Visible]]:
+    """Some images without and with stains or pieces of any of all images, and when these show."""
     for _ in range(rounds):
-        stained = stain_images(on_cpu, PATCH_SIZE, generator, STAINS[settings.stains])
-        yield stained.to(views), _STAIN
+        before = _as_another(views, settings, generator)
+        stained = stain_images(before, PATCH_SIZE, generator, STAINS[settings.stains])
+        yield before, stained, _STAIN
         if settings.pieces:
+            before = _as_another(views, settings, generator)
             picks = torch.randint(len(images), (len(views),), generator=generator)
-            others = model.local_view(images[picks].float())
-            pasted = paste_pieces(on_cpu, others, generator, settings.pieces)
-            yield pasted.to(views), _PIECE
+            others = model.local_view(images[picks].float()).cpu()
+            yield before, paste_pieces(before, others, generator, settings.pieces), _PIECE
 
 
 def _covered(

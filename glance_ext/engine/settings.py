@@ -87,6 +87,8 @@ class TrainSettings:
             there, from what is beside them; 0 for none, as in the paper.
         context_share: Its share in what both distortion heads say.
         pieces: Pieces of other places that are put on an image for it; 0 for stains alone.
+        grain: Whether some images that it learns are made noisier or less sharp, as good ones to
+            come may be.
         image_score: What of its map an image's score is: ``"max"``, ``"contrast"`` for the
             greatest value above the map's median, or ``"mean"``.
         aggregation: How patches become a map; see ``aggregate_patch_scores``.
@@ -132,6 +134,7 @@ class TrainSettings:
     context_steps: int = 0
     context_share: float = 0.75
     pieces: int = 3
+    grain: bool = True
     image_score: str = "max"
     aggregation: str = "gaussian"
     grid: str = "4"

@@ -88,6 +88,7 @@ def test_how_patches_are_drawn_is_a_setting_that_changes_the_losses(
         (["--memory-drawn", "1"], "memory_drawn", 1.0),
         (["--memory-share", "0.25"], "memory_share", 0.25),
         (["--pieces", "0"], "pieces", 0),
+        (["--no-grain"], "grain", False),
         (["--no-refit"], "refit", False),
     ],
 )

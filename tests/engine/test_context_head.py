@@ -45,9 +45,9 @@ def model(local_net_file: Path) -> Glance:
     return model
 
 
-@pytest.mark.parametrize("pieces", [0, 3])
+@pytest.mark.parametrize(("pieces", "grain"), [(0, False), (3, False), (3, True)])
 def test_it_is_shown_distortions_in_their_image_and_what_none_touches(
-    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch, pieces: int
+    model: Glance, images: Tensor, monkeypatch: pytest.MonkeyPatch, pieces: int, grain: bool
 ) -> None:
     seen: dict[str, list[tuple[Tensor, Tensor]]] = {"stain_images": [], "paste_pieces": []}
 
@@ -67,7 +67,10 @@ def test_it_is_shown_distortions_in_their_image_and_what_none_touches(
     monkeypatch.setattr(module, "_ROUNDS", 3)
     monkeypatch.setattr(module, "_DISTORTED", 10_000)
     monkeypatch.setattr(module, "_CLEAN", 10_000)
-    distorted, clean = module._features(model, images, replace(SETTINGS, pieces=pieces), CPU)
+    monkeypatch.setattr(module, "vary_grain", lambda views, _: views * 0.9)
+    shown = images[:2].float() * 0.9 if grain else images[:2].float()
+    settings = replace(SETTINGS, pieces=pieces, grain=grain)
+    distorted, clean = module._features(model, images, settings, CPU)
     assert {name: len(calls) for name, calls in seen.items()} == {
         "stain_images": 2,
         "paste_pieces": 2 if pieces else 0,
@@ -78,10 +81,10 @@ def test_it_is_shown_distortions_in_their_image_and_what_none_touches(
     def describe(view: Tensor) -> Tensor:
         return model.context_net.patch_features(normalise(view[None]), origins)[0]
 
-    expected["clean"].extend(row for view in images[:2].float() for row in describe(view))
+    expected["clean"].extend(row for view in shown for row in describe(view))
     for name, share in (("stain_images", 0.3), ("paste_pieces", 0.6)):
         for views, changed in seen[name]:
-            assert torch.equal(views, images[:2].float())
+            assert torch.equal(views, shown)
             for view, other in zip(views, changed, strict=True):
                 mask = (other - view).abs().amax(0) > 0.02
                 if name == "paste_pieces":

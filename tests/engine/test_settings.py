@@ -26,7 +26,7 @@ def test_presets_have_the_shares_that_were_chosen_with_and_without_a_head_in_con
     quick, default = preset("quick"), preset("default")
     assert (quick.context_steps, quick.memory_share) == (0, 0.5)
     assert default.context_steps > 0
-    assert default.memory_drawn == 0.25
+    assert (default.memory_drawn, default.grain) == (0.25, True)
     assert (default.memory_share, default.context_share, default.pieces) == (0.4, 0.75, 3)
 
 
