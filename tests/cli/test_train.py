@@ -2,6 +2,7 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,6 @@ def test_the_same_seed_gives_the_same_file(
         (["--positions", "33"], "positions", "33"),
         (["--precision", "bfloat16"], "precision", "bfloat16"),
         (["--no-turns"], "turns", False),
-        (["--context-steps", "3"], "context_steps", 3),
     ],
 )
 def test_how_patches_are_drawn_is_a_setting_that_changes_the_losses(
@@ -81,9 +81,35 @@ def test_how_patches_are_drawn_is_a_setting_that_changes_the_losses(
     assert content["losses"] != json.loads((model / "train.json").read_text())["losses"]
 
 
+Scores = Callable[..., tuple[Detector, list[float]]]
+
+
+@pytest.fixture(scope="module")
+def scores_with(
+    run: Run, good: Path, short: list[object], tmp_path_factory: pytest.TempPathFactory
+) -> Scores:
+    """Trains with some more options, all stages a little, and scores the good images."""
+
+    def scores(*options: str) -> tuple[Detector, list[float]]:
+        output = tmp_path_factory.mktemp("trained")
+        base = ["train", "--normal", good, "-o", output, *short]
+        base += ["--context-steps", 3, "--no-turns", "--memory-size", 20]
+        assert run(*base, *options).exit_code == 0
+        detector = Detector.load(output)
+        return detector, [detector.detect(path).score for path in sorted(good.iterdir())]
+
+    return scores
+
+
+@pytest.fixture(scope="module")
+def plain_scores(scores_with: Scores) -> list[float]:
+    return scores_with()[1]
+
+
 @pytest.mark.parametrize(
     ("options", "setting", "value"),
     [
+        (["--context-steps", "5"], "context_steps", 5),
         (["--context-share", "0.25"], "context_share", 0.25),
         (["--memory-drawn", "1"], "memory_drawn", 1.0),
         (["--memory-share", "0.25"], "memory_share", 0.25),
@@ -93,23 +119,15 @@ def test_how_patches_are_drawn_is_a_setting_that_changes_the_losses(
     ],
 )
 def test_what_comes_behind_the_steps_is_a_setting_too(
-    run: Run,
-    good: Path,
-    short: list[object],
-    tmp_path: Path,
+    scores_with: Scores,
+    plain_scores: list[float],
     options: list[str],
     setting: str,
     value: object,
 ) -> None:
-    scores = {}
-    for name, more in (("plain", []), ("changed", options)):
-        base = ["train", "--normal", good, "-o", tmp_path / name, *short]
-        base += ["--context-steps", 3, "--no-turns", "--memory-size", 20]
-        assert run(*base, *more).exit_code == 0
-        detector = Detector.load(tmp_path / name)
-        scores[name] = [detector.detect(path).score for path in sorted(good.iterdir())]
+    detector, scores = scores_with(*options)
     assert detector.settings[setting] == value
-    assert scores["plain"] != scores["changed"]
+    assert scores != plain_scores
 
 
 def test_a_local_net_of_the_package_is_named(run: Run, good: Path, tmp_path: Path) -> None:
@@ -322,6 +340,7 @@ def test_a_model_of_larger_patches_is_read_as_it_was_trained(
     run: Run, good: Path, local_net: Path, tmp_path: Path
 ) -> None:
     options = ["--steps", 2, "--batch-size", 4, "--grid", 8, "--local-net", local_net]
+    options += ["--head-steps", 20, "--context-steps", 20, "--no-turns"]
     result = run("train", "--normal", good, "-o", tmp_path, "--patch-scale", 4, *options)
     assert result.exit_code == 0, result.output
     detector = Detector.load(tmp_path)
