@@ -50,6 +50,7 @@ def test_reproduce_shows_the_committed_figures(name: str) -> None:
         ("a direction for each layer", "each"),
         ("and a memory of held-out images too", "memory"),
         ("and a head in context, taught stains", "spots"),
+        ("and taught pieces too", "pieces"),
         ("today's default", "0"),
     )
     for setting, file in settings:
@@ -133,6 +134,24 @@ def test_reproduce_shows_what_pieces_teach_the_head_in_context() -> None:
     first, default = means["stains", 2, 0, 0.5, 0.5], means["stains and pieces", 3, 0.3, 0.4, 0.75]
     text = " ".join((ROOT / "docs" / "reproduce.md").read_text().split())
     (auroc, pro), (auroc_now, pro_now) = np.mean(first, 0), np.mean(default, 0)
+    assert f"PRO rises from {pro:.3f} to {pro_now:.3f}" in text
+    assert f"image AUROC from {auroc:.3f} to {auroc_now:.3f}" in text
+
+
+def test_reproduce_shows_what_is_drawn_for_the_memory_and_what_grain_teaches() -> None:
+    found = json.loads((ROOT / "docs" / "results" / "memory.json").read_text())["results"]
+    shown = _rows(ROOT / "docs" / "reproduce.md")
+    assert len(found) == 4 * 4
+    means: dict[tuple[float, bool], list[tuple[float, float]]] = {}
+    for row in found:
+        words = [row["set"], f"{row['memory_drawn']:g}", "yes" if row["grain"] else "no"]
+        pairs = [(of["image_AUROC"], of["pixel_AUPRO"]) for of in (row["novelty_alone"], row)]
+        assert [*words, *(f"{x:.3f}" for pair in pairs for x in pair)] in shown
+        means.setdefault((row["memory_drawn"], row["grain"]), []).append(pairs[1])
+    text = " ".join((ROOT / "docs" / "reproduce.md").read_text().split())
+    (auroc, pro), (auroc_now, pro_now) = (
+        np.mean(means[key], 0) for key in ((0, False), (0.25, True))
+    )
     assert f"PRO rises from {pro:.3f} to {pro_now:.3f}" in text
     assert f"image AUROC from {auroc:.3f} to {auroc_now:.3f}" in text
 
