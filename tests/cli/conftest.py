@@ -2,7 +2,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,15 @@ ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., Result]
 
 
-@pytest.fixture(autouse=True)
-def one_round_of_distortions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The distortion head in context sees each of a test's few images distorted only once."""
-    monkeypatch.setattr(context_head, "_ROUNDS", 1)
+@pytest.fixture(autouse=True, scope="module")
+def one_round_of_distortions() -> Iterator[None]:
+    """The distortion head in context sees each of a test's few images distorted only once.
+
+    Of a module's scope, so that what its tests share is trained like what they compare it with.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(context_head, "_ROUNDS", 1)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -130,6 +130,12 @@ def test_what_comes_behind_the_steps_is_a_setting_too(
     assert scores != plain_scores
 
 
+def test_the_same_options_give_the_same_scores(
+    scores_with: Scores, plain_scores: list[float]
+) -> None:
+    assert scores_with()[1] == plain_scores
+
+
 def test_a_local_net_of_the_package_is_named(run: Run, good: Path, tmp_path: Path) -> None:
     base = ["train", "--normal", good, "--steps", 1, "--batch-size", 2, "--grid", 33,
             "--head-steps", 0, "--context-steps", 0, "--memory-size", 4]  # fmt: skip
