@@ -9,7 +9,7 @@ from torch import Tensor
 NOISY, UNSHARP = 0.3, 0.25  # shares of images; the rest stay as they are
 _NOISE = 0.02  # greatest standard deviation, of values in [0, 1]
 _BLUR = (0.3, 0.8)  # least and greatest standard deviation in pixels
-_REACH = 2  # pixels to either side; beyond them the weights are below 0.04
+_REACH = 2  # pixels to either side; beyond them are weights below 0.001 of the greatest
 
 
 def vary_grain(images: Tensor, generator: torch.Generator) -> Tensor:
