@@ -49,6 +49,7 @@ KERNEL_SOURCES = [
     "csrc/patch_scores/idw_grid_cpu.cpp",
     "csrc/patch_scores/patch_grid_cpu.cpp",
     "csrc/patch_scores/patch_scores_cpu.cpp",
+    "csrc/winograd/winograd_conv_cpu.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/hole_windows/hole_conv.cu",
@@ -67,6 +68,7 @@ OP_SOURCES = [
     "csrc/partial_conv/partial_conv_op.cpp",
     "csrc/partial_conv/partial_conv_paths.cpp",
     "csrc/patch_scores/patch_scores_op.cpp",
+    "csrc/winograd/winograd_conv_op.cpp",
 ]
 BINDING_SOURCES = ["csrc/bindings.cpp"]
 HEADERS = sorted(

@@ -61,4 +61,7 @@ TORCH_LIBRARY(glance_ext, m) {
       "hole_sequence(Tensor[] bases, Tensor[] extents, Tensor[] origins, Tensor[] cells, "
       "Tensor[] ratios, Tensor?[] weights, Tensor?[] biases, SymInt[] settings, "
       "float[] negative_slopes) -> Tensor");
+
+  // conv2d of stride 1 without padding; csrc/winograd/winograd_conv.h. No autograd: for inference.
+  m.def("winograd_conv2d(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
 }

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from glance_ext.models.initialisation import initialise
-from glance_ext.models.local_plan import LocalPlan
+from glance_ext.models.local_plan import LocalPlan, run_layers
 
 LEAKY_SLOPE = 0.005
 
@@ -60,7 +60,7 @@ class LocalNet(nn.Module):
         """
         if patches.is_cpu:  # pooling is three times as fast, convolutions no slower
             patches = patches.contiguous(memory_format=torch.channels_last)
-        features = self.layers(patches)
+        features = run_layers(self.layers, patches)
         if features.shape[-2:] != (1, 1):
             raise ValueError(
                 "LocalNet: expected patches of 33x33 pixels, got "

@@ -30,6 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glance_ext.ops import winograd_conv2d
+
 # Blocks up to this many input elements are batched. Larger ones keep a processor busy alone, and
 # copying them together would cost more than the calls that it saves.
 _BATCHED_ELEMENTS = 2**20
@@ -61,7 +63,9 @@ class _Step:
             x = _max_pool(windows, _pair(layer.kernel_size), stride)
         else:
             x = windows.flatten(0, -4).permute(0, 3, 1, 2)
-            if isinstance(layer, nn.Conv2d):
+            if isinstance(layer, nn.Conv2d) and stride == (1, 1) and layer.groups == 1:
+                x = winograd_conv2d(x, layer.weight, layer.bias)
+            elif isinstance(layer, nn.Conv2d):
                 x = F.conv2d(x, layer.weight, layer.bias, stride, groups=layer.groups)
             else:
                 x = F.max_pool2d(x, layer.kernel_size, stride)
@@ -277,6 +281,22 @@ class LocalPlan:
         if (axis, device) not in self._indices:
             self._indices[axis, device] = torch.tensor(order, device=device)
         return self._indices[axis, device]
+
+
+def run_layers(layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """One pass over whole inputs, each layer computed as a plan computes it.
+
+    Args:
+        layers: As for :class:`LocalPlan`.
+        x: ``(N, C, H, W)``.
+
+    Returns:
+        ``(N, n, H', W')``.
+    """
+    x = x.permute(0, 2, 3, 1)
+    for step in _steps(layers):
+        x = step(x, _pair(step.layer.stride))
+    return x.permute(0, 3, 1, 2)
 
 
 def pass_multiply_adds(layers: Iterable[nn.Module], height: int, width: int) -> int:

@@ -1,7 +1,7 @@
 """The ops, usable alone: importing them needs torch and nothing else heavy.
 
-``partial_conv2d``, ``aggregate_patch_scores``, ``gather_holes`` and ``hole_conv2d`` have a native
-implementation for CPU and CUDA (csrc/), and a specification in plain torch
+``partial_conv2d``, ``aggregate_patch_scores``, ``gather_holes``, ``hole_conv2d`` and
+``winograd_conv2d`` have a native implementation (csrc/), and a specification in plain torch
 (:mod:`glance_ext.ops.reference`); the others are composed of torch's own operators. Each has a page
 in docs/ops.md.
 """
@@ -17,6 +17,7 @@ from glance_ext.ops.partial_conv_nd import (
     soft_partial_conv2d,
 )
 from glance_ext.ops.patch_scores import aggregate_patch_scores
+from glance_ext.ops.winograd import winograd_conv2d
 
 __all__ = [
     "HoleLayer",
@@ -31,4 +32,5 @@ __all__ = [
     "partial_conv3d",
     "partial_conv_transpose2d",
     "soft_partial_conv2d",
+    "winograd_conv2d",
 ]

@@ -446,3 +446,54 @@ def check_hole_sequence(
             op,
             f"ratios of shape (P, ho, wo) or (N, P, ho, wo), got {list(ratio.shape)}",
         )
+
+
+def check_winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Checks the arguments of ``winograd_conv2d``."""
+    op = "winograd_conv2d"
+    require(
+        input.dtype in FLOAT_DTYPES,
+        op,
+        f"input to be float32, float64, float16 or bfloat16, got {dtype_name(input)}",
+        TypeError,
+    )
+    require(input.dim() == 4, op, f"input of shape (N, C, H, W), got {list(input.shape)}")
+    require(
+        weight.dim() == 4 and weight.numel() > 0,
+        op,
+        f"weight of shape (K, C, kh, kw), got {list(weight.shape)}",
+    )
+    _check_like(op, "weight", weight, input)
+    channels = input.shape[1]
+    require(
+        weight.shape[1] == channels,
+        op,
+        f"weight to have the input's {channels} channels, got {weight.shape[1]}",
+    )
+    (height, width), kernel = input.shape[2:], weight.shape[2:]
+    require(
+        height >= kernel[0] and width >= kernel[1],
+        op,
+        f"input of at least the kernel's {kernel[0]}x{kernel[1]} pixels, got {height}x{width}",
+    )
+    if bias is not None:
+        _check_like(op, "bias", bias, input)
+        require(
+            bias.dim() == 1 and bias.shape[0] == weight.shape[0],
+            op,
+            f"bias of shape ({weight.shape[0]},), got {list(bias.shape)}",
+        )
+
+
+def _check_like(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
+    require(
+        tensor.dtype == input.dtype,
+        op,
+        f"{name} of the input's {dtype_name(input)}, got {dtype_name(tensor)}",
+        TypeError,
+    )
+    require(
+        tensor.device == input.device,
+        op,
+        f"{name} on the input's device {input.device}, got {tensor.device}",
+    )

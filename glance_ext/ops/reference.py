@@ -19,6 +19,7 @@ from glance_ext.ops._checks import (
     check_hole_max_pool2d,
     check_hole_sequence,
     check_partial_conv2d,
+    check_winograd_conv2d,
     memory_format,
     require,
 )
@@ -262,6 +263,12 @@ def hole_sequence(
             windows = conv(*seen, cell, ratio, weight, bias, *geometry, negative_slopes[i])
     assert windows is not None
     return windows
+
+
+def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Plain convolution, the sum as it stands (csrc/winograd/winograd_conv.h)."""
+    check_winograd_conv2d(input, weight, bias)
+    return F.conv2d(input, weight, bias).contiguous(memory_format=memory_format(input))
 
 
 def _for_each_window(rows: Tensor, base: Tensor) -> Tensor:

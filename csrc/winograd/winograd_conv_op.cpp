@@ -1,0 +1,100 @@
+// Tensors -> WinogradConvParams -> kernels, for glance_ext::winograd_conv2d; where tiles do not pay
+// or are not for this dtype or device, ATen's conv2d.
+#include <ATen/ops/conv2d.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include "common/tensor_check.h"
+#include "common/workspace.h"
+#include "winograd/winograd_conv.h"
+
+namespace glance {
+namespace {
+
+constexpr const char* kOp = "winograd_conv2d";
+
+void check(const at::Tensor& input, const at::Tensor& weight,
+           const std::optional<at::Tensor>& bias) {
+  scalar_type(kOp, "input", input);
+  GLANCE_CHECK_VALUE(input.dim() == 4, kOp, "input of shape (N, C, H, W), got ", input.sizes());
+  GLANCE_CHECK_VALUE(weight.dim() == 4 && weight.numel() > 0, kOp,
+                     "weight of shape (K, C, kh, kw), got ", weight.sizes());
+  const auto like_input = [&](const char* name, const at::Tensor& tensor) {
+    GLANCE_CHECK_TYPE(tensor.scalar_type() == input.scalar_type(), kOp, name, " of the input's ",
+                      dtype_name(input), ", got ", dtype_name(tensor));
+    GLANCE_CHECK_VALUE(tensor.device() == input.device(), kOp, name, " on the input's device ",
+                       input.device(), ", got ", tensor.device());
+  };
+  like_input("weight", weight);
+  GLANCE_CHECK_VALUE(weight.size(1) == input.size(1), kOp, "weight to have the input's ",
+                     input.size(1), " channels, got ", weight.size(1));
+  for (int axis = 2; axis < 4; ++axis) {
+    GLANCE_CHECK_VALUE(input.size(axis) >= weight.size(axis), kOp,
+                       "input of at least the kernel's ", weight.size(2), "x", weight.size(3),
+                       " pixels, got ", input.size(2), "x", input.size(3));
+  }
+  if (bias.has_value()) {
+    like_input("bias", *bias);
+    GLANCE_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), kOp,
+                       "bias of shape (", weight.size(0), ",), got ", bias->sizes());
+  }
+}
+
+// The sizes, and the steps of an input whose channels stand side by side.
+WinogradConvParams sizes_of(const at::Tensor& input, const at::Tensor& weight) {
+  WinogradConvParams p{};
+  p.batch = input.size(0);
+  p.channels = input.size(1);
+  p.height = input.size(2);
+  p.width = input.size(3);
+  p.batch_step = input.stride(0);
+  p.row_step = input.stride(2);
+  p.column_step = input.stride(3);
+  p.out_channels = weight.size(0);
+  p.kernel = weight.size(2);
+  p.instructions = best_instruction_set();
+  return p;
+}
+
+bool in_tiles(const at::Tensor& input, const at::Tensor& weight) {
+  const int64_t kernel = weight.size(2);
+  return input.is_cpu() && input.scalar_type() == at::kFloat && kernel == weight.size(3) &&
+         kernel >= kWinogradLeastKernel && kernel <= kWinogradMostKernel &&
+         winograd_pays(sizes_of(input, weight));
+}
+
+at::Tensor winograd_conv2d(const at::Tensor& input, const at::Tensor& weight,
+                           const std::optional<at::Tensor>& bias) {
+  check(input, weight, bias);
+  const auto format = memory_format(input);
+  if (!in_tiles(input, weight)) return at::conv2d(input, weight, bias).contiguous(format);
+  const bool side_by_side = input.stride(1) == 1 || input.size(1) == 1;
+  const at::Tensor pixels =
+      side_by_side ? input : input.contiguous(at::MemoryFormat::ChannelsLast);
+  const at::Tensor taps = weight.contiguous();
+  const at::Tensor offsets = bias.has_value() ? bias->contiguous() : at::Tensor();
+  WinogradConvParams p = sizes_of(pixels, taps);
+  const at::Tensor output =
+      at::empty({p.batch, p.out_channels, p.out_height(), p.out_width()},
+                input.options().memory_format(at::MemoryFormat::ChannelsLast));
+  const Workspace<float> packed(winograd_packed_size(p));
+  p.input = pixels.const_data_ptr<float>();
+  p.weight = taps.const_data_ptr<float>();
+  p.bias = offsets.defined() ? offsets.const_data_ptr<float>() : nullptr;
+  p.output = output.mutable_data_ptr<float>();
+  p.packed = packed.data();
+  const auto never = [](const WinogradConvParams&, void*) { return 0; };
+  run_kernel(input, p, winograd_weight_rows(p), 1, pack_winograd_weight_cpu, never);
+  run_kernel(input, p, winograd_blocks(p), 1, winograd_conv_cpu, never);
+  return output.contiguous(format);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(glance_ext, CPU, m) { m.impl("winograd_conv2d", &winograd_conv2d); }
+
+#ifdef GLANCE_EXT_WITH_CUDA
+TORCH_LIBRARY_IMPL(glance_ext, CUDA, m) { m.impl("winograd_conv2d", &winograd_conv2d); }
+#endif
+
+}  // namespace glance
