@@ -31,12 +31,12 @@ INSTALL = "pip install 'setuptools>=77' ninja 'torch>=2.10' && pip install --no-
 
 # CMakeLists.txt names the same files; tests/test_build.py keeps the lists equal.
 KERNEL_SOURCES = [
+    "csrc/common/micro_kernel.cpp",
     "csrc/common/transpose.cpp",
     "csrc/hole_windows/hole_conv_cpu.cpp",
     "csrc/hole_windows/hole_grad_cpu.cpp",
     "csrc/hole_windows/hole_sequence_cpu.cpp",
     "csrc/hole_windows/hole_windows_cpu.cpp",
-    "csrc/hole_windows/micro_kernel.cpp",
     "csrc/hole_windows/outer_kernel.cpp",
     "csrc/partial_conv/depthwise_cpu.cpp",
     "csrc/partial_conv/depthwise_loops.cpp",
@@ -49,6 +49,7 @@ KERNEL_SOURCES = [
     "csrc/patch_scores/idw_grid_cpu.cpp",
     "csrc/patch_scores/patch_grid_cpu.cpp",
     "csrc/patch_scores/patch_scores_cpu.cpp",
+    "csrc/winograd/winograd_block.cpp",
     "csrc/winograd/winograd_conv_cpu.cpp",
 ]
 CUDA_SOURCES = [

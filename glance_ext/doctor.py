@@ -456,6 +456,7 @@ def op_cases() -> dict[str, tuple[tuple[Any, ...], tuple[int, ...]]]:
             (base, windows, extents, origins, cells, ratio, weight, bias, *geometry, 0.1),
             (0, 1, 6, 7),
         ),
+        "winograd_conv2d": ((values(1, 48, 24, 24), values(48, 48, 5, 5), values(48)), ()),
         "hole_sequence": (
             (
                 [base],

@@ -3,9 +3,9 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/micro_kernel.h"
 #include "hole_windows/composed_input.h"
 #include "hole_windows/hole_windows.h"
-#include "hole_windows/micro_kernel.h"
 
 namespace glance {
 namespace {

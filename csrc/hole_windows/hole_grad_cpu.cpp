@@ -4,12 +4,12 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/micro_kernel.h"
 #include "common/simd_target.h"
 #include "common/transpose.h"
 #include "common/workspace.h"
 #include "hole_windows/composed_input.h"
 #include "hole_windows/hole_windows.h"
-#include "hole_windows/micro_kernel.h"
 #include "hole_windows/outer_products.h"
 
 namespace glance {

@@ -2,9 +2,9 @@
 #include <limits>
 #include <vector>
 
+#include "common/micro_kernel.h"
 #include "hole_windows/composed_input.h"
 #include "hole_windows/hole_windows.h"
-#include "hole_windows/micro_kernel.h"
 
 namespace glance {
 namespace {

@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "hole_windows/micro_kernel.h"
+#include "common/micro_kernel.h"
 
 namespace glance {
 

@@ -1,6 +1,6 @@
 #include <algorithm>
 
-#include "hole_windows/micro_kernel.h"
+#include "common/micro_kernel.h"
 #include "partial_conv/partial_conv.h"
 #include "partial_conv/window_counts.h"
 

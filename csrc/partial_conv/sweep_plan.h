@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "hole_windows/micro_kernel.h"
+#include "common/micro_kernel.h"
 #include "partial_conv/partial_conv.h"
 
 namespace glance {

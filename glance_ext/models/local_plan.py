@@ -36,6 +36,10 @@ from glance_ext.ops import winograd_conv2d
 # copying them together would cost more than the calls that it saves.
 _BATCHED_ELEMENTS = 2**20
 
+# A convolution of the image and the pool behind it go band by band, each of which has about so many
+# bytes between the two: few enough to stay in a cache.
+_BAND_BYTES = 2**22
+
 # Images go through the layers together as long as a layer's input and output stay below this.
 _CPU_BYTES = 2**27
 _DEVICE_BYTES = 2**32
@@ -230,7 +234,10 @@ class LocalPlan:
         """
         number = len(images)
         blocks = {(0, 0): images.permute(0, 2, 3, 1).contiguous()[None, None]}
-        for step, (rows, columns) in zip(steps, self._combs, strict=True):
+        layers = list(zip(steps, self._combs, strict=True))
+        if in_bands := _pooled_in_bands(blocks[0, 0][0, 0], layers[:2]):
+            blocks, layers = in_bands, layers[2:]
+        for step, (rows, columns) in layers:
             # A pool takes longer to copy for than to do; only convolutions gain from batches.
             largest = _BATCHED_ELEMENTS if isinstance(step.layer, nn.Conv2d) else 0
             batches: dict[object, list[tuple[int, int]]] = defaultdict(list)
@@ -447,6 +454,72 @@ def _windows(block: Tensor, row: _Comb, column: _Comb) -> Tensor:
     windows = block.unfold(3, row.extent, row.spacing).unfold(4, column.extent, column.spacing)
     # Now (runs, runs, N, windows, windows, C, rows, columns).
     return windows.permute(0, 3, 1, 4, 2, 6, 7, 5)
+
+
+_Combs = tuple[Sequence[_Comb], Sequence[_Comb]]
+
+
+def _pooled_in_bands(
+    images: Tensor, layers: Sequence[tuple[_Step, _Combs]]
+) -> dict[tuple[int, int], Tensor] | None:
+    """A first convolution and the pool behind it, without the whole of what lies between.
+
+    Args:
+        images: ``(N, H, W, C)``.
+        layers: The first two, with their combs.
+
+    Returns:
+        The pool's blocks, as :meth:`LocalPlan._run` keeps them; None if the layers are others, if
+        one of them has more windows than one in a run, or where bands are of no use.
+    """
+    if len(layers) < 2 or not images.is_cpu or torch.is_grad_enabled():
+        return None
+    (conv, conv_combs), (pool, pool_combs) = layers
+    combs = [comb for pair in (*conv_combs, *pool_combs) for comb in pair]
+    if (
+        not isinstance(conv.layer, nn.Conv2d)
+        or not isinstance(pool.layer, nn.MaxPool2d)
+        or any(len(pair) > 1 for pair in conv_combs)
+        or any(len(comb) > 1 for comb in combs)
+    ):
+        return None
+    (row,), (column,) = conv_combs
+    kernel, stride = _pair(conv.layer.kernel_size), (row.stride, column.stride)
+    window = _pair(pool.layer.kernel_size)
+    channels = conv.layer.out_channels
+    blocks = {
+        (i, j): images.new_empty(
+            1,
+            1,
+            len(images),
+            (rows.extent - window[0]) // rows.stride + 1,
+            (columns.extent - window[1]) // columns.stride + 1,
+            channels,
+        )
+        for i, rows in enumerate(pool_combs[0])
+        for j, columns in enumerate(pool_combs[1])
+    }
+    lines = (row.extent - kernel[0]) // stride[0] + 1  # of the convolution
+    seen = images.narrow(1, row.offset, row.extent).narrow(2, column.offset, column.extent)
+    line_bytes = seen[:, 0, :, 0].numel() * channels * images.element_size()
+    band = max(1, _BAND_BYTES // max(1, line_bytes))
+    for first in range(0, lines, band):
+        last = min(first + band + window[0] - 1, lines)  # what a pool begins in the band it ends
+        extent = (last - first - 1) * stride[0] + kernel[0]
+        between = conv(seen.narrow(1, first * stride[0], extent), stride)
+        for (i, j), block in blocks.items():
+            rows, columns = pool_combs[0][i], pool_combs[1][j]
+            begin, end = (
+                min(max(0, -((rows.offset - line) // rows.stride)), block.shape[3])
+                for line in (first, first + band)
+            )
+            if begin == end:
+                continue
+            top = rows.offset + begin * rows.stride - first
+            part = between.narrow(1, top, (end - begin - 1) * rows.stride + window[0])
+            part = part.narrow(2, columns.offset, columns.extent)
+            block[0, 0, :, begin:end] = pool(part, (rows.stride, columns.stride))
+    return blocks
 
 
 def _max_pool(windows: Tensor, kernel: tuple[int, int], stride: tuple[int, int]) -> Tensor:

@@ -10,23 +10,23 @@ from torch import Tensor
 
 from glance_ext import _library
 from glance_ext.ops import reference
-from glance_ext.ops._checks import check_winograd_conv2d, memory_format
+from glance_ext.ops._checks import check_winograd_conv2d
 from glance_ext.ops._vmap import loop_over
 
 
 def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``conv2d`` of stride 1 without padding, with fewer multiplications than the sum has.
 
-    In place of ``F.conv2d(input, weight, bias)``. On a CPU in float32, for square kernels of 2 to 6
+    In place of ``F.conv2d(input, weight, bias)``. On a CPU in float32, for square kernels of 3 to 6
     taps and where enough is computed to pay for it, tiles of the output are computed by Winograd's
     minimal filtering (A. Lavin and S. Gray, CVPR 2016) on 8x8 pixels: for a kernel of 5x5 by a
-    sixth of the multiplications. The rounding error of that is up to about ten times that of the
-    sum, and a pixel that is NaN or infinite makes NaN of its whole tiles. In every other case, and
+    sixth of the multiplications. The rounding error of that is five (5x5) to ten times (3x3) that
+    of the sum, and a pixel that is NaN or infinite makes NaN of its whole tiles. In every other case, and
     where a gradient is wanted, ``F.conv2d`` itself runs.
 
     Args:
-        input: ``(N, C, H, W)``, float32, float64, float16 or bfloat16. A channels_last input gives
-            a channels_last output.
+        input: ``(N, C, H, W)``, float32, float64, float16 or bfloat16. A channels_last input, or a
+            crop of one, gives a channels_last output.
         weight: ``(K, C, kh, kw)``.
         bias: ``(K,)`` or None.
 
@@ -54,7 +54,7 @@ def _fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_winograd_conv2d(input, weight, bias)
     (n, _, height, width), (k, _, kh, kw) = input.shape, weight.shape
     output = input.new_empty((n, k, height - kh + 1, width - kw + 1))
-    return output.to(memory_format=memory_format(input))
+    return output.to(memory_format=reference.side_by_side(input))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -411,3 +411,30 @@ CASES.append(
         pack=_packed_sequence,
     )
 )
+
+
+def _winograd_conv(
+    height: int, width: int, channels: int, out: int, kernel: tuple[int, int]
+) -> Callable[[str, torch.dtype, int, int], list[Any]]:
+    def make(device: str, dtype: torch.dtype, seed: int, batch: int) -> list[Any]:
+        random = torch.Generator().manual_seed(seed)
+
+        def values(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=random, dtype=torch.float64)
+
+        image, weight = values(batch, channels, height, width), values(out, channels, *kernel)
+        return [tensor.to(device, dtype) for tensor in (image, weight, values(out))]
+
+    return make
+
+
+CASES += [
+    Case("winograd_conv2d", "in tiles", _winograd_conv(21, 18, 20, 24, (5, 5)), batched=(0,)),
+    Case("winograd_conv2d", "the sum", _winograd_conv(6, 7, 3, 4, (3, 2)), batched=(0,)),
+    Case(
+        "winograd_conv2d",
+        "no bias",
+        _without(2, _winograd_conv(21, 18, 20, 24, (5, 5))),
+        batched=(0,),
+    ),
+]

@@ -1,4 +1,4 @@
-#include "hole_windows/micro_kernel.h"
+#include "common/micro_kernel.h"
 
 #include <cstring>
 #include <type_traits>

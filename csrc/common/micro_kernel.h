@@ -1,6 +1,6 @@
-// The inner loops of the hole ops on a CPU.
+// The inner loops of convolutions and max-pooling on a CPU.
 //
-// hole_conv: a few rows of the input times a panel of the weight.
+// A convolution: a few rows of the input times a panel of the weight.
 //
 //   out[m][n] = act(ratio[m] * sum_k a[m][k] * b[k][n] + bias[n])
 //
@@ -53,7 +53,7 @@ MicroKernel<double, double, double> double_kernel();
 // `run` is null where there are no bfloat16 instructions.
 MicroKernel<BFloat16, float, BFloat16> bfloat16_kernel(InstructionSet set, int64_t out_channels);
 
-// hole_max_pool: out[c] = the greatest of taps[t][c], or NaN if one is. All of `count` >= 1 taps
+// Max-pooling: out[c] = the greatest of taps[t][c], or NaN if one is. All of `count` >= 1 taps
 // are runs of `channels` elements.
 template <typename T>
 using MaxKernel = void (*)(const T* const* taps, int64_t count, int64_t channels, T* out);
