@@ -21,8 +21,8 @@ def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -
     taps and where enough is computed to pay for it, tiles of the output are computed by Winograd's
     minimal filtering (A. Lavin and S. Gray, CVPR 2016) on 8x8 pixels: for a kernel of 5x5 by a
     sixth of the multiplications. The rounding error of that is five (5x5) to ten times (3x3) that
-    of the sum, and a pixel that is NaN or infinite makes NaN of its whole tiles. In every other case, and
-    where a gradient is wanted, ``F.conv2d`` itself runs.
+    of the sum, and a pixel that is NaN or infinite makes NaN of its whole tiles. In every other
+    case, and where a gradient is wanted, ``F.conv2d`` itself runs.
 
     Args:
         input: ``(N, C, H, W)``, float32, float64, float16 or bfloat16. A channels_last input, or a

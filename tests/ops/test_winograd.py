@@ -14,8 +14,8 @@ from tests.ops.bad_calls import assert_all_forms_say
 
 native = torch.ops.glance_ext.winograd_conv2d
 
-# Roundings of float32: over hundreds of cases the worst of tiles were 58 (3x3), 50 (4x4) and 30 (5x5
-# and 6x6), those of the sum 6.
+# Roundings of float32: over hundreds of cases the worst of tiles were 58 (3x3), 50 (4x4) and 30
+# (5x5, 6x6), those of the sum 6.
 TILES = 100 * 2**-24
 
 
