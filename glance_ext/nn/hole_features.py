@@ -24,6 +24,8 @@ from glance_ext.ops import (
 _KNOWN = "PartialConv2d, Conv2d, ReLU, LeakyReLU, MaxPool2d or MaskedMaxPool2d"
 # Windows that are worked on together where each layer is a call of its own.
 _CPU_BYTES, _GPU_BYTES = 32 << 20, 1 << 30
+# So many are planned together in any case.
+_FEW_HOLES = 256
 
 
 @dataclass(frozen=True)
@@ -141,11 +143,18 @@ class HoleFeatures:
         budget = _CPU_BYTES if torch.device(device).type == "cpu" else _GPU_BYTES
         chunks: list[HoleGeometry] = []
         start, holes = 0, origins.shape[-2]
-        # The size of a window is known once it is planned: the first hole's tells roughly.
-        sample = plan_geometry(shapes, image, hole, origins[..., :1, :].reshape(-1, 2), wide)
+        # The size of a window is known once it is planned: the first hole's tells roughly, and of
+        # few holes all are planned, which is most likely all that there is to do.
+        few = origins.numel() <= 2 * _FEW_HOLES
+        sample = plan_geometry(
+            shapes, image, hole, origins if few else origins[..., :1, :].reshape(-1, 2), wide
+        )
         per_hole = self._window_bytes(sample, itemsize) * (
             origins.shape[0] if origins.dim() == 3 else 1
         )
+        if few and per_hole * holes <= budget:
+            chunks.append(_moved(sample, torch.device(device)))
+            start = holes
         at_once = max(1, budget // max(1, per_hole))
         while start < holes or not chunks:
             part = origins[..., start : start + at_once, :]

@@ -443,7 +443,7 @@ def test_what_has_been_planned_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> 
     for columns in ([1, 2, 1], [2, 1, 5], [5, 5, 5]):
         origins = torch.tensor([[3, column] for column in columns])
         HoleFeatures(small_global_net()).plan((41, 38), 9, origins)
-    assert worked_out == [1, 1, 1, 1]  # row 3; columns 1 of a sample, 2 and 5 when they come
+    assert worked_out == [1, 2, 1]  # row 3; columns 1 and 2; 5 when it comes
 
 
 @pytest.mark.parametrize("relu_first", [True, False])
