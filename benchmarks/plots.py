@@ -139,7 +139,7 @@ def sentence(run: Run) -> str:
         f"{times(run.ratio(case, 'reference', 'ours'))} faster than the same map in plain PyTorch "
         f"({times(run.ratio(alone, 'reference', 'ours'))} with a fresh process each) "
         f"and {times(run.ratio(case, 'ours', 'limit'))} what that machine's best matrix product "
-        "needs for the least work."
+        "needs for the multiplications of the convolutions as sums."
     )
 
 
@@ -431,6 +431,8 @@ def table(head: Iterable[str], body: Iterable[Iterable[str]]) -> str:
 
 def number(value: float) -> str:
     """Three digits."""
+    if value < 0:
+        return f"-{number(-value)}"
     if value >= 100:
         return f"{value:,.0f}"
     return f"{value:.{1 if value >= 10 else 2 if value >= 1 else 3}f}"
