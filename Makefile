@@ -2,6 +2,7 @@
 # constraints.txt, and a second run does only what has changed.
 PYTHON ?= python3
 VENV := .venv
+DEMO_OPTIONS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CPP_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
@@ -9,7 +10,7 @@ CPP_FILES = $(shell find csrc tests/cpp -name '*.h' -o -name '*.cpp' -o -name '*
 .PHONY: demo test lint bench setup
 
 demo: setup
-	$(BIN)/glance-ext demo --output demo-report --overwrite
+	$(BIN)/glance-ext demo --output demo-report --overwrite $(DEMO_OPTIONS)
 
 test: setup
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov=glance_ext --cov-fail-under=90 --durations=10

@@ -142,7 +142,7 @@ def test_ci_runs_the_readmes_commands() -> None:
     for command in ("demo", "test"):
         assert f"make {command}" in readme
         assert re.search(rf"^{command}: setup$", makefile, re.MULTILINE)
-        assert f"step make {command}\n" in script
+        assert re.search(rf"^step make {command}\b", script, re.MULTILINE)
 
 
 # --- decisions -----------------------------------------------------------------------------------
@@ -334,7 +334,7 @@ def test_cuda_sources_compile_without_torch_or_gpu_and_spill_no_register(
     (path,) = (ROOT / "csrc").rglob(source)
     archs = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in (80, 90)]
     options = ["-O3", "-Xptxas", "-v", "-I", "csrc", *archs]
-    command = [nvcc, *options, "-c", str(path), "-o", str(tmp_path / "kernel.o")]
+    command = [nvcc, *options, "-fatbin", str(path), "-o", str(tmp_path / "kernel.fatbin")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     said = result.stdout + result.stderr
@@ -344,7 +344,9 @@ def test_cuda_sources_compile_without_torch_or_gpu_and_spill_no_register(
     assert set(spilled) == {("0", "0")}
 
 
+# These builds are for what is in them, not for speed.
 QUICKLY = "-DCMAKE_CXX_FLAGS_RELEASE=-O0"
+SOON = "-DCMAKE_CXX_FLAGS_RELEASE=-O1"  # tests that run for seconds
 
 
 def run(program: object, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -384,9 +386,9 @@ def op_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_kernels_build_and_pass_their_tests_without_torch(tmp_path: Path) -> None:
-    cmake_build(tmp_path)
+    cmake_build(tmp_path, SOON)
     said = succeeded(run("ctest", "--test-dir", tmp_path, "--output-on-failure"))
-    assert "100% tests passed, 0 tests failed out of 7" in said
+    assert "100% tests passed, 0 tests failed out of 8" in said
 
 
 @pytest.mark.slow
