@@ -47,6 +47,21 @@ def _require_pair(op: str, name: str, value: Sequence[int]) -> None:
     require(len(value) == 2, op, f"{name} to be (height, width), got {list(value)}")
 
 
+def _check_like(op: str, name: str, tensor: Tensor, other: str, like: Tensor) -> None:
+    """Checks that a tensor has the dtype and the device of another argument."""
+    require(
+        tensor.dtype == like.dtype,
+        op,
+        f"{name} of the {other}'s {dtype_name(like)}, got {dtype_name(tensor)}",
+        TypeError,
+    )
+    require(
+        tensor.device == like.device,
+        op,
+        f"{name} on the {other}'s device {like.device}, got {tensor.device}",
+    )
+
+
 def check_partial_conv2d(
     input: Tensor,
     mask: Tensor,
@@ -74,17 +89,7 @@ def check_partial_conv2d(
     )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
-            require(
-                tensor.dtype == input.dtype,
-                op,
-                f"{name} of the input's {dtype_name(input)}, got {dtype_name(tensor)}",
-                TypeError,
-            )
-            require(
-                tensor.device == input.device,
-                op,
-                f"{name} on the input's device {input.device}, got {tensor.device}",
-            )
+            _check_like(op, name, tensor, "input", input)
     n, c = input.shape[:2]
     k = weight.shape[0]
     require(
@@ -250,17 +255,7 @@ def _check_windows(op: str, base: Tensor, windows: Tensor | None, extents: Tenso
     )
     if windows is not None:
         n, p, c = base.shape[0], extents.shape[-2], base.shape[1]
-        require(
-            windows.dtype == base.dtype,
-            op,
-            f"windows of the base's {dtype_name(base)}, got {dtype_name(windows)}",
-            TypeError,
-        )
-        require(
-            windows.device == base.device,
-            op,
-            f"windows on the base's device {base.device}, got {windows.device}",
-        )
+        _check_like(op, "windows", windows, "base", base)
         require(
             windows.dim() == 5
             and windows.shape[0] == n
@@ -366,17 +361,7 @@ def check_hole_conv2d(
     )
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
-            require(
-                tensor.dtype == base.dtype,
-                op,
-                f"{name} of the base's {dtype_name(base)}, got {dtype_name(tensor)}",
-                TypeError,
-            )
-            require(
-                tensor.device == base.device,
-                op,
-                f"{name} on the base's device {base.device}, got {tensor.device}",
-            )
+            _check_like(op, name, tensor, "base", base)
     if bias is not None:
         k = weight.shape[0]
         require(
@@ -463,7 +448,7 @@ def check_winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None) ->
         op,
         f"weight of shape (K, C, kh, kw), got {list(weight.shape)}",
     )
-    _check_like(op, "weight", weight, input)
+    _check_like(op, "weight", weight, "input", input)
     channels = input.shape[1]
     require(
         weight.shape[1] == channels,
@@ -477,23 +462,10 @@ def check_winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None) ->
         f"input of at least the kernel's {kernel[0]}x{kernel[1]} pixels, got {height}x{width}",
     )
     if bias is not None:
-        _check_like(op, "bias", bias, input)
+        _check_like(op, "bias", bias, "input", input)
         require(
             bias.dim() == 1 and bias.shape[0] == weight.shape[0],
             op,
             f"bias of shape ({weight.shape[0]},), got {list(bias.shape)}",
         )
 
-
-def _check_like(op: str, name: str, tensor: Tensor, input: Tensor) -> None:
-    require(
-        tensor.dtype == input.dtype,
-        op,
-        f"{name} of the input's {dtype_name(input)}, got {dtype_name(tensor)}",
-        TypeError,
-    )
-    require(
-        tensor.device == input.device,
-        op,
-        f"{name} on the input's device {input.device}, got {tensor.device}",
-    )
