@@ -468,4 +468,3 @@ def check_winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None) ->
             op,
             f"bias of shape ({weight.shape[0]},), got {list(bias.shape)}",
         )
-
