@@ -53,6 +53,15 @@ inline at::ScalarType accumulate_dtype(ScalarType dtype) {
   return dtype == ScalarType::kFloat64 ? at::kDouble : at::kFloat;
 }
 
+// That a tensor has the dtype and the device of another argument.
+inline void check_like(const char* op, const char* name, const at::Tensor& tensor,
+                       const char* other, const at::Tensor& like) {
+  GLANCE_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), op, name, " of the ", other, "'s ",
+                    dtype_name(like), ", got ", dtype_name(tensor));
+  GLANCE_CHECK_VALUE(tensor.device() == like.device(), op, name, " on the ", other, "'s device ",
+                     like.device(), ", got ", tensor.device());
+}
+
 // The layout that outputs take from an input: channels_last only where it is unambiguous.
 inline at::MemoryFormat memory_format(const at::Tensor& tensor) {
   const bool channels_last =

@@ -26,16 +26,10 @@ HoleConvParams checked_conv(const at::Tensor& base, const std::optional<at::Tens
                      "weight of shape (K, C, kh, kw), got ", weight.sizes());
   GLANCE_CHECK_VALUE(weight.size(1) == p.channels, kHoleConv, "weight to have the base's ",
                      p.channels, " channels, got ", weight.size(1));
-  const auto like_base = [&](const char* name, const at::Tensor& tensor) {
-    GLANCE_CHECK_TYPE(tensor.scalar_type() == base.scalar_type(), kHoleConv, name,
-                      " of the base's ", dtype_name(base), ", got ", dtype_name(tensor));
-    GLANCE_CHECK_VALUE(tensor.device() == base.device(), kHoleConv, name, " on the base's device ",
-                       base.device(), ", got ", tensor.device());
-  };
-  like_base("weight", weight);
+  check_like(kHoleConv, "weight", weight, "base", base);
   p.out_channels = weight.size(0);
   if (bias.has_value()) {
-    like_base("bias", *bias);
+    check_like(kHoleConv, "bias", *bias, "base", base);
     GLANCE_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == p.out_channels, kHoleConv,
                        "bias of shape (", p.out_channels, ",), got ", bias->sizes());
   }

@@ -50,10 +50,7 @@ PartialConvParams checked_params(const at::Tensor& input, const at::Tensor& weig
                      "input to have at least one pixel, got ", input.size(2), "x", input.size(3));
   GLANCE_CHECK_VALUE(weight.dim() == 4, kOp, "weight of shape (K, C / groups, kh, kw), got ",
                      weight.sizes());
-  GLANCE_CHECK_TYPE(weight.scalar_type() == input.scalar_type(), kOp, "weight of the input's ",
-                    dtype_name(input), ", got ", dtype_name(weight));
-  GLANCE_CHECK_VALUE(weight.device() == input.device(), kOp, "weight on the input's device ",
-                     input.device(), ", got ", weight.device());
+  check_like(kOp, "weight", weight, "input", input);
   GLANCE_CHECK_VALUE(groups > 0 && input.size(1) % groups == 0 && weight.size(0) % groups == 0, kOp,
                      "groups to divide the input's ", input.size(1), " channels and the output's ",
                      weight.size(0), ", got ", groups);
@@ -65,10 +62,7 @@ PartialConvParams checked_params(const at::Tensor& input, const at::Tensor& weig
   if (bias.has_value()) {
     GLANCE_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), kOp, "bias of shape (",
                        weight.size(0), ",), got ", bias->sizes());
-    GLANCE_CHECK_TYPE(bias->scalar_type() == input.scalar_type(), kOp, "bias of the input's ",
-                      dtype_name(input), ", got ", dtype_name(*bias));
-    GLANCE_CHECK_VALUE(bias->device() == input.device(), kOp, "bias on the input's device ",
-                       input.device(), ", got ", bias->device());
+    check_like(kOp, "bias", *bias, "input", input);
   }
   p.channels_last = memory_format(input) == at::MemoryFormat::ChannelsLast;
   p.batch = input.size(0);

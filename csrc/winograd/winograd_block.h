@@ -61,7 +61,6 @@ class WinogradBlock {
   WinogradBlock(const WinogradFilter& filter, const float* packed, const float* bias,
                 int64_t most_tiles);
 
-  int64_t most_tiles() const { return static_cast<int64_t>(tiles_.size()); }
   WinogradTile& tile(int64_t t) { return tiles_[t]; }
   void run(int64_t count);  // the first `count` of them
 

@@ -20,13 +20,7 @@ void check(const at::Tensor& input, const at::Tensor& weight,
   GLANCE_CHECK_VALUE(input.dim() == 4, kOp, "input of shape (N, C, H, W), got ", input.sizes());
   GLANCE_CHECK_VALUE(weight.dim() == 4 && weight.numel() > 0, kOp,
                      "weight of shape (K, C, kh, kw), got ", weight.sizes());
-  const auto like_input = [&](const char* name, const at::Tensor& tensor) {
-    GLANCE_CHECK_TYPE(tensor.scalar_type() == input.scalar_type(), kOp, name, " of the input's ",
-                      dtype_name(input), ", got ", dtype_name(tensor));
-    GLANCE_CHECK_VALUE(tensor.device() == input.device(), kOp, name, " on the input's device ",
-                       input.device(), ", got ", tensor.device());
-  };
-  like_input("weight", weight);
+  check_like(kOp, "weight", weight, "input", input);
   GLANCE_CHECK_VALUE(weight.size(1) == input.size(1), kOp, "weight to have the input's ",
                      input.size(1), " channels, got ", weight.size(1));
   for (int axis = 2; axis < 4; ++axis) {
@@ -35,7 +29,7 @@ void check(const at::Tensor& input, const at::Tensor& weight,
                        " pixels, got ", input.size(2), "x", input.size(3));
   }
   if (bias.has_value()) {
-    like_input("bias", *bias);
+    check_like(kOp, "bias", *bias, "input", input);
     GLANCE_CHECK_VALUE(bias->dim() == 1 && bias->size(0) == weight.size(0), kOp, "bias of shape (",
                        weight.size(0), ",), got ", bias->sizes());
   }

@@ -43,6 +43,13 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def side_by_side(input: Tensor) -> torch.memory_format:
+    """channels_last for an input whose channels stand side by side in memory, cropped or not."""
+    if input.stride(1) == 1 and not input.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
 def _require_pair(op: str, name: str, value: Sequence[int]) -> None:
     require(len(value) == 2, op, f"{name} to be (height, width), got {list(value)}")
 

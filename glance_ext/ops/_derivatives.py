@@ -94,3 +94,15 @@ def forbid_second_backward(op: str) -> None:
         raise RuntimeError(f"{op}: expected to be differentiated once, got a second backward")
 
     register_autograd(f"glance_ext::{op}_backward", second_backward)
+
+
+def forbid_backward(op: str, instead: str) -> None:
+    """Makes the gradient of ``glance_ext::<op>``, which is for inference, an error that helps."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
+
+    def backward(ctx: Any, grad: Tensor) -> NoReturn:
+        raise RuntimeError(f"{op}: expected inference, got a backward; {instead}")
+
+    torch.library.register_autograd(f"glance_ext::{op}", backward, setup_context=setup)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from glance_ext import _library
 from glance_ext.ops import reference
+from glance_ext.ops._derivatives import forbid_backward
 from glance_ext.ops._vmap import loop_over
 from glance_ext.ops.hole_windows import fake_conv, fake_pool
 
@@ -86,17 +87,6 @@ def flattened(layers: Sequence[HoleLayer]) -> list[Any]:
 _fake_sequence = partial(reference.hole_sequence, conv=fake_conv, pool=fake_pool)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pass
-
-
-def _backward(ctx: Any, grad: Tensor) -> Any:
-    raise RuntimeError(
-        "hole_sequence: expected inference, got a backward; use hole_conv2d and hole_max_pool2d, "
-        "layer by layer"
-    )
-
-
 def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
     return loop_over(torch.ops.glance_ext.hole_sequence, info, in_dims, *args)
 
@@ -104,4 +94,4 @@ def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
 if _library.is_loaded():
     torch.library.register_fake("glance_ext::hole_sequence", _fake_sequence)
     torch.library.register_vmap("glance_ext::hole_sequence", _vmap)
-    torch.library.register_autograd("glance_ext::hole_sequence", _backward, setup_context=_setup)
+    forbid_backward("hole_sequence", "use hole_conv2d and hole_max_pool2d, layer by layer")

@@ -22,6 +22,7 @@ from glance_ext.ops._checks import (
     check_winograd_conv2d,
     memory_format,
     require,
+    side_by_side,
 )
 
 _CHUNK_ELEMENTS = 1 << 24
@@ -269,13 +270,6 @@ def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     """Plain convolution, the sum as it stands (csrc/winograd/winograd_conv.h)."""
     check_winograd_conv2d(input, weight, bias)
     return F.conv2d(input, weight, bias).contiguous(memory_format=side_by_side(input))
-
-
-def side_by_side(input: Tensor) -> torch.memory_format:
-    """channels_last for an input whose channels stand side by side in memory, cropped or not."""
-    if input.stride(1) == 1 and not input.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format
 
 
 def _for_each_window(rows: Tensor, base: Tensor) -> Tensor:

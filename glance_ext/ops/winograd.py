@@ -10,7 +10,8 @@ from torch import Tensor
 
 from glance_ext import _library
 from glance_ext.ops import reference
-from glance_ext.ops._checks import check_winograd_conv2d
+from glance_ext.ops._checks import check_winograd_conv2d, side_by_side
+from glance_ext.ops._derivatives import forbid_backward
 from glance_ext.ops._vmap import loop_over
 
 
@@ -54,18 +55,7 @@ def _fake(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     check_winograd_conv2d(input, weight, bias)
     (n, _, height, width), (k, _, kh, kw) = input.shape, weight.shape
     output = input.new_empty((n, k, height - kh + 1, width - kw + 1))
-    return output.to(memory_format=reference.side_by_side(input))
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pass
-
-
-def _backward(ctx: Any, grad: Tensor) -> Any:
-    raise RuntimeError(
-        "winograd_conv2d: expected inference, got a backward; glance_ext.ops.winograd_conv2d is "
-        "differentiable"
-    )
+    return output.to(memory_format=side_by_side(input))
 
 
 def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
@@ -75,4 +65,4 @@ def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
 if _library.is_loaded():
     torch.library.register_fake("glance_ext::winograd_conv2d", _fake)
     torch.library.register_vmap("glance_ext::winograd_conv2d", _vmap)
-    torch.library.register_autograd("glance_ext::winograd_conv2d", _backward, setup_context=_setup)
+    forbid_backward("winograd_conv2d", "glance_ext.ops.winograd_conv2d is differentiable")
