@@ -38,9 +38,6 @@ def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -
         ValueError: Shapes or devices do not fit.
         TypeError: A dtype is not supported.
     """
-    if not _library.is_loaded():
-        _library.warn_reference("winograd_conv2d")
-        return reference.winograd_conv2d(input, weight, bias)
     device = input.device.type
     differentiable = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (input, weight, bias)
@@ -48,6 +45,9 @@ def winograd_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None) -
     lowered = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if differentiable or lowered:
         return F.conv2d(input, weight, bias)
+    if not _library.is_loaded():
+        _library.warn_reference("winograd_conv2d")
+        return reference.winograd_conv2d(input, weight, bias)
     return torch.ops.glance_ext.winograd_conv2d(input, weight, bias)
 
 

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from glance_ext import _library
 from glance_ext.ops import reference, winograd_conv2d
 from tests.ops.bad_calls import assert_all_forms_say
 
@@ -131,6 +132,14 @@ def test_a_gradient_and_autocast_are_of_torchs_own() -> None:
     with torch.no_grad():  # a parameter is no reason to go without tiles
         parameter = weight.requires_grad_()
         assert torch.equal(winograd_conv2d(input, parameter), native(input, parameter, None))
+
+
+def test_autocast_lowers_without_the_library_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "module", None)
+    input, weight = values(1, 4, 9, 9), values(3, 4, 3, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = winograd_conv2d(input, weight)
+        assert winograd_conv2d(first, values(2, 3, 3, 3)).dtype == torch.bfloat16
 
 
 def test_the_op_itself_refuses_a_backward() -> None:
