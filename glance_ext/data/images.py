@@ -8,6 +8,7 @@ refused with an :class:`~glance_ext.errors.InputError` that says why; data/decod
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -83,12 +84,15 @@ def load_mask(
     return mask
 
 
-def resize(image: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+def resize(
+    image: np.ndarray, size: tuple[int, int], device: torch.device | str = "cpu"
+) -> torch.Tensor:
     """Resizes an image bilinearly, with antialiasing where it shrinks.
 
     Args:
         image: ``(H, W, 3)``, values as :func:`load_image` gives them.
         size: ``(h, w)`` to reach. An image that has it already is returned bit by bit.
+        device: Where to. It is resized there too, or on the CPU if the device cannot.
 
     Returns:
         float32 ``(3, h, w)`` that shares no memory with ``image``.
@@ -100,14 +104,31 @@ def resize(image: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
         raise ValueError(f"resize: expected image to be (H, W, 3), got {image.shape}")
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"resize: expected size to be (h, w) of at least 1, got {size}")
+    if torch.device(device).type != "cpu":
+        with contextlib.suppress(torch.OutOfMemoryError):  # there may be room for the result
+            pixels = torch.from_numpy(np.array(image, np.float32, order="C")).to(device)
+            return resize_planes(pixels.permute(2, 0, 1).contiguous(), size).to(device)
     planes = torch.from_numpy(np.array(image.transpose(2, 0, 1), np.float32, order="C"))
-    return resize_planes(planes, size)
+    return resize_planes(planes, size).to(device)
 
 
 def resize_planes(planes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resizes ``(C, H, W)`` to ``(C, h, w)`` as :func:`resize` does."""
+    """Resizes ``(C, H, W)`` to ``(C, h, w)`` as :func:`resize` does.
+
+    Where a GPU cannot (its memory is full, or an image shrinks by more than its kernel's own memory
+    holds weights for) the result is on the CPU.
+    """
     if planes.shape[1:] == tuple(size):
         return planes
+    try:
+        return _interpolated(planes, size)
+    except RuntimeError:
+        if planes.is_cpu:
+            raise
+        return _interpolated(planes.cpu(), size)
+
+
+def _interpolated(planes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     # To a width of 1, torch's CPU kernel picks the nearest row instead of weighting rows (2.14);
     # a height of 1 is right, so such an image is resized lying on its side.
     narrow = size[1] == 1

@@ -70,7 +70,7 @@ class Detector:
         precision: What the networks compute in: ``"float32"``, ``"bfloat16"``, ``"float64"``, or on
             a GPU ``"tf32"``. Heads, scores and maps are in float32 or wider.
         batch_size: Images, or windows of them, that are scored together; None for 1 on a CPU and
-            16 on a GPU, which replays the scoring of so many as one CUDA graph.
+            16 on a GPU, which replays the scoring of so many, or of one, as one CUDA graph.
         false_positive_rate: The share of normal images that the threshold may flag.
         threshold: Overrides the calibrated one.
     """
@@ -234,8 +234,14 @@ class Detector:
         return image_score(anomaly_map, self.calibration.image_score)
 
     def prepare(self, image: np.ndarray) -> Tensor:
-        """An image ``(H, W, 3)`` at the size at which it is scored, ``(3, h, w)``."""
-        return resize(image, tiled_size(*image.shape[:2]) if self.tile else IMAGE_SIZE)
+        """An image ``(H, W, 3)`` at the size at which it is scored, ``(3, h, w)``.
+
+        It is on the detector's device, in tiles on the CPU, since it may be larger than a GPU has
+        room for.
+        """
+        if self.tile:
+            return resize(image, tiled_size(*image.shape[:2]))
+        return resize(image, IMAGE_SIZE, self.device)
 
     @torch.inference_mode()
     def native_maps(self, images: Sequence[Tensor]) -> list[Tensor]:
@@ -245,8 +251,12 @@ class Detector:
             images: Each ``(3, h, w)``, RGB in [0, 1], at least 256x256.
 
         Returns:
-            For each ``(h, w)`` float32 on the CPU.
+            For each ``(h, w)`` float32; on the detector's device if all are one window, else on the
+            CPU.
         """
+        if all(image.shape[-2:] == IMAGE_SIZE for image in images):
+            batches = in_batches(images, self.batch_size)
+            return [found for some in batches for found in self._maps(torch.stack(some)).float()]
         canvases = [Canvas(image.shape[-2:]) for image in images]
         for some in in_batches(windows_of(canvases), self.batch_size):
             windows = torch.stack([canvases[i].cut(images[i], window) for i, window in some])
@@ -264,11 +274,12 @@ class Detector:
         Returns:
             ``(N, 256, 256)`` float32 on the CPU; float64 in that precision.
         """
-        parts = [
-            self.aggregate(self.calibration.mix(self.score_patches(some))).cpu()
-            for some in images.split(self.batch_size)
-        ]
+        parts = [self._maps(some).cpu() for some in images.split(self.batch_size)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _maps(self, images: Tensor) -> Tensor:
+        """Maps ``(N, 256, 256)`` on the detector's device of images that are scored together."""
+        return self.aggregate(self.calibration.mix(self.score_patches(images)))
 
     @torch.inference_mode()
     def score_patches(self, images: Tensor) -> HeadScores:
@@ -296,9 +307,8 @@ class Detector:
 
         if self.device.type != "cuda":
             return score
-        return GraphedFunction(
-            score, torch.zeros((self.batch_size, 3, *IMAGE_SIZE), dtype=wide, device=self.device)
-        )
+        example = torch.zeros((self.batch_size, 3, *IMAGE_SIZE), dtype=wide, device=self.device)
+        return GraphedFunction(score, example, (1, self.batch_size))
 
     def aggregate(self, scores: Tensor) -> Tensor:
         """Scores ``(N, P)`` of the grid's patches as maps ``(N, 256, 256)``."""
@@ -330,7 +340,7 @@ def _check_image(image: np.ndarray) -> None:
 
 def resize_map(anomaly_map: Tensor, size: tuple[int, int]) -> np.ndarray:
     """A map ``(h, w)`` at another size, bilinear, as ``(H, W)`` float32."""
-    return resize_planes(anomaly_map[None].float(), size)[0].numpy()
+    return resize_planes(anomaly_map[None].float(), size)[0].cpu().numpy()
 
 
 @torch.inference_mode()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageFile
 
-from glance_ext.data import decode
+from glance_ext.data import decode, images
 from glance_ext.data.images import (
     MAX_PIXELS,
     expand_inputs,
@@ -789,6 +789,38 @@ def test_resize_takes_flipped_and_read_only_images() -> None:
         np.testing.assert_array_equal(
             resize(image[:, ::-1], (4, 5)), image[:, ::-1].transpose(2, 0, 1)
         )
+
+
+@pytest.mark.parametrize("shape", [(256, 256), (300, 500), (20, 7000), (7000, 20), (2000, 2000)])
+@pytest.mark.parametrize("size", [(256, 256), (8, 1)])
+def test_resize_on_a_gpu_is_that_on_a_cpu(
+    device: str, shape: tuple[int, int], size: tuple[int, int]
+) -> None:
+    image = np.random.default_rng(0).random((*shape, 3), np.float32)
+    resized = resize(image, size, device)
+    assert resized.device == torch.device(device)
+    torch.testing.assert_close(resized.cpu(), resize(image, size), rtol=0, atol=1e-5)
+
+
+class Elsewhere(torch.Tensor):
+    """On a device whose kernels cannot shrink images."""
+
+    is_cpu = False
+
+
+def test_what_a_device_cannot_resize_the_cpu_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = images._interpolated
+
+    def refuse(planes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        if isinstance(planes, Elsewhere):
+            raise RuntimeError("Too much shared memory required")
+        return real(planes, size)
+
+    monkeypatch.setattr(images, "_interpolated", refuse)
+    planes = torch.rand(3, 40, 50)
+    monkeypatch.setattr(Elsewhere, "cpu", lambda _: planes, raising=False)
+    there = planes.as_subclass(Elsewhere)
+    assert torch.equal(images.resize_planes(there, (8, 9)), images.resize_planes(planes, (8, 9)))
 
 
 @pytest.mark.parametrize(

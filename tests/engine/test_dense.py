@@ -1,5 +1,7 @@
 """Detection by what patches share, against the patch-by-patch specification and in every dtype."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -230,6 +232,39 @@ def test_a_batch_of_another_size_runs_without_a_graph() -> None:
     assert calls == [1, 3, 5, 4]
 
 
+class Recorded(GraphedFunction):
+    """Captures a graph that is played back by hand: it doubles what is in its images."""
+
+    def _capture(self, size: int) -> None:
+        images = self._example[:size]
+        output = HeadScores(*(torch.zeros(size, 3) for _ in range(3)))
+
+        class Graph:
+            def replay(self) -> None:
+                for score in (output.inconsistency, output.distortion, output.log_odds):
+                    score.copy_(2 * images)
+
+        self._graphs[size] = Graph(), output  # type: ignore[assignment]
+
+
+def test_each_size_has_a_graph_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    calls = []
+
+    def function(images: Tensor) -> HeadScores:
+        calls.append(len(images))
+        return HeadScores(2 * images, images, images)
+
+    graphed = Recorded(function, torch.zeros(4, 3), (1, 4))
+    given = {size: torch.full((size, 3), float(size)) for size in (4, 1, 2)}
+    found = {size: graphed(images).inconsistency for size, images in given.items()}
+    assert all(torch.equal(found[size], 2 * given[size]) for size in given)
+    assert graphed.captured == {1, 4}
+    assert calls == [2]
+    graphed(torch.ones(4, 3))
+    assert torch.equal(found[4], 2 * given[4])  # later replays do not write over it
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
@@ -249,7 +284,10 @@ def test_a_graph_scores_as_kernels_do_one_by_one(
                 getattr(found, name), getattr(expected, name), rtol=2e-3, atol=2e-3
             )
     assert torch.equal(first.inconsistency, kept)  # later replays do not write over it
-    assert graphed._score._graph is not None  # type: ignore[union-attr]
+    alone = graphed.score_patches(scene[1:]).inconsistency
+    expected = eager.score_patches(scene)
+    torch.testing.assert_close(alone, expected.inconsistency[1:], rtol=2e-3, atol=2e-3)
+    assert graphed._score.captured == {1, 2}  # type: ignore[union-attr]
     model.cpu()
 
 
@@ -264,3 +302,29 @@ def test_scoring_that_cannot_be_captured_warns_and_goes_on() -> None:
     with pytest.warns(RuntimeWarning, match="no CUDA graph of the scoring"):
         found = graphed(torch.ones(4, device="cuda"))
     assert found.log_odds.tolist() == [5.0] * 4
+
+
+@pytest.mark.parametrize(
+    ("size", "tile"),
+    [
+        ((256, 256), False),
+        ((256, 256), True),
+        ((300, 500), False),
+        ((300, 500), True),
+        ((40, 3000), False),
+    ],
+)
+def test_a_gpu_finds_in_images_of_any_size_what_a_cpu_finds(
+    model: Glance, device: str, size: tuple[int, int], tile: bool
+) -> None:
+    image = np.random.default_rng(0).random((*size, 3), np.float32)
+    options = {"grid": "33", "tile": tile}
+    expected = Detector(model.cpu(), STANDARDISED, **options).detect(image)  # type: ignore[arg-type]
+    detector = Detector(model, STANDARDISED, device=device, **options)  # type: ignore[arg-type]
+    together = detector.detect_batch([image, 1 - image])
+    for found in (detector.detect(image), together[0]):
+        assert found.map.shape == size
+        span = float(np.ptp(expected.map))
+        np.testing.assert_allclose(found.map, expected.map, atol=1e-3 * span)
+        assert found.score == pytest.approx(expected.score, abs=1e-3 * span)
+    model.cpu()
