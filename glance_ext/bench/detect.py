@@ -18,6 +18,7 @@ from glance_ext.bench.cases import Case, Outputs, Variant
 from glance_ext.bench.detect_truth import Block, Truth, blocks
 from glance_ext.bench.limits import Work
 from glance_ext.data.grid import patch_grid
+from glance_ext.engine.graph import GraphedFunction
 from glance_ext.models.glance import IMAGE_SIZE, PATCH_SIZE, Glance, GridPlan, HeadScores
 from glance_ext.models.global_net import GlobalNet
 from glance_ext.models.local_net import LocalNet
@@ -253,6 +254,10 @@ class _Inputs:
                 plain.detect_maps, self.setup.reference, self.images, self.starts
             )
         runs["ours"] = lambda: self._maps(model.score_grid(self.images, self.plan))
+        if self.setup.device.type == "cuda":
+            score = partial(model.score_grid, plan=self.plan)
+            graphed = GraphedFunction(score, torch.zeros_like(self.images))
+            runs["ours-graph"] = lambda: self._maps(graphed(self.images))
         # Each patch by a masked pass of its own, in the package's own ops: float32 alone.
         if self.shape.name in _PATCH_BY_PATCH and self.setup.dtype == torch.float32:
             runs["patches"] = lambda: self._maps(model.score_patches(self.images, self.origins))

@@ -47,13 +47,14 @@ METADATA_KEYS = (
 )
 DTYPES = ("float32", "bfloat16", "float16")
 
-_ORDER = (
+VARIANTS = (
     "reference",
     "patches",
     "fold",
     "nvidia",
     "nvidia-compiled",
     "ours",
+    "ours-graph",
     "ours-anew",
     "ours-fused",
     "ours-library",
@@ -64,6 +65,7 @@ _ORDER = (
 # (heading, slower or larger variant, what it is divided by): ratios of medians.
 _RATIOS = (
     ("reference/ours", "reference", "ours"),
+    ("reference/graph", "reference", "ours-graph"),
     ("patches/ours", "patches", "ours"),
     ("fold/ours", "fold", "ours"),
     ("nvidia/ours", "nvidia", "ours"),
@@ -72,6 +74,7 @@ _RATIOS = (
     ("ours/conv2d", "ours", "conv2d"),
     ("ours/copy", "ours", "copy"),
     ("ours/limit", "ours", "limit"),
+    ("graph/limit", "ours-graph", "limit"),
 )
 _MEMORY_RATIO = ("memory ours/conv2d", "ours", "conv2d")
 
@@ -197,7 +200,9 @@ def format_results(results: Mapping[str, Any]) -> str:
 
 def _format_group(cases: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     found = dict.fromkeys(name for variants in cases.values() for name in variants)
-    names = sorted(found, key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+    names = sorted(
+        found, key=lambda name: VARIANTS.index(name) if name in VARIANTS else len(VARIANTS)
+    )
     ratios = [
         (heading, "median_ms", above, below)
         for heading, above, below in _RATIOS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -13,12 +13,15 @@ from glance_ext import _library
 from glance_ext.bench.cases import Case, check
 from glance_ext.bench.limits import Probe, copy_probe, limit_timing, matrix_probe, rates
 from glance_ext.bench.machine import describe, uses_tf32
-from glance_ext.bench.results import DTYPES, LATENCY_KEY, format_results, validate_results
+from glance_ext.bench.results import DTYPES, LATENCY_KEY, VARIANTS, format_results, validate_results
 from glance_ext.bench.suites import SUITES
 from glance_ext.bench.timing import QUICK, Budget, Timing, measure_interleaved
 from glance_ext.errors import GlanceError
 
 __all__ = ["SUITES", "format_results", "run_suite"]
+
+# What others are compared with, or what it is all about.
+_NEEDED = ("reference", "conv2d", "copy", "ours", "limit")
 
 METHOD = (
     "Every variant is compared with float64 before it is timed (aggregation in the first and the "
@@ -44,6 +47,7 @@ def run_suite(
     dtype: str = "float32",
     seed: int = 0,
     quick: bool = False,
+    without: Collection[str] = (),
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Runs one suite.
@@ -54,6 +58,7 @@ def run_suite(
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         seed: Of the inputs.
         quick: A few small shapes and calls, to see that all runs.
+        without: Variants to leave out, such as one that takes long to compile.
         progress: Is told each case's name before it is measured.
 
     Returns:
@@ -61,8 +66,8 @@ def run_suite(
         :func:`glance_ext.bench.validate_results`.
 
     Raises:
-        GlanceError: There is no such suite, dtype or device, the native ops are missing, or a
-            variant's result is wrong.
+        GlanceError: There is no such suite, dtype, device or variant to leave out, the native ops
+            are missing, or a variant's result is wrong.
     """
     if name not in SUITES:
         raise GlanceError(
@@ -70,6 +75,13 @@ def run_suite(
         )
     if dtype not in DTYPES:
         raise GlanceError(f"bench: expected a dtype, one of {', '.join(DTYPES)}, got {dtype!r}")
+    spare = [name for name in VARIANTS if name not in _NEEDED]
+    for left_out in without:
+        if left_out not in spare:
+            raise GlanceError(
+                f"bench: expected a variant to leave out, one of {', '.join(spare)}, got "
+                f"{left_out!r}"
+            )
     on = _usable_device(device)
     torch_dtype: torch.dtype = getattr(torch, dtype)
     matrix = matrix_probe(on, torch_dtype, quick=quick)
@@ -82,6 +94,8 @@ def run_suite(
     for case in SUITES[name](torch_dtype, on, seed, quick):
         if progress is not None:
             progress(case.name)
+        kept = {name: run for name, run in case.variants.items() if name not in without}
+        case = dataclasses.replace(case, variants=kept)
         errors = check(case, torch_dtype, tf32=dtype == "float32" and uses_tf32(on))
         timings, probe_ms = _measure(case, on, matrix, copy, quick)
         probed.append(probe_ms)

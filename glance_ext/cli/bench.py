@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     show_default=True,
 )
 @click.option("--quick", is_flag=True, help="Fewer shapes and repeats: a smoke test, not a result.")
+@click.option(
+    "--without",
+    metavar="VARIANT",
+    multiple=True,
+    help="Leave a variant out, such as nvidia-compiled, which takes minutes to compile; can be "
+    "given again.",
+)
 @seed_option
 @device_option
 @click.option("--json", "json_file", type=PATH, help="Also write the results to this file.")
@@ -29,6 +36,7 @@ def command(
     suite: str,
     dtype: str,
     quick: bool,
+    without: tuple[str, ...],
     seed: int,
     device: torch.device,
     json_file: Path | None,
@@ -49,7 +57,13 @@ def command(
     from glance_ext.files import write_json
 
     results = run_suite(
-        suite, device=device, dtype=dtype, seed=seed, quick=quick, progress=say_error
+        suite,
+        device=device,
+        dtype=dtype,
+        seed=seed,
+        quick=quick,
+        without=without,
+        progress=say_error,
     )
     say(format_results(results))
     if json_file is not None:

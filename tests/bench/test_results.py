@@ -169,18 +169,23 @@ class TestGpuCheck:
 
     def test_what_it_names_exists(self):
         text = self.SCRIPT.read_text(encoding="utf-8")
-        named = set(re.findall(r"\b(?:tests|benchmarks)/[\w./-]+|\bsetup\.py\b", text))
-        assert {"setup.py", "tests/ops", "benchmarks/results"} <= named
+        named = set(re.findall(r"\b(?:tests|benchmarks)/[\w./*-]+|\bsetup\.py\b", text))
+        assert {"setup.py", "tests/ops/test_contract.py", "benchmarks/results"} <= named
         for name in named:
-            assert (ROOT / name).exists(), name
+            assert any(ROOT.glob(name)), name
+        checked = {path for name in named for path in ROOT.glob(name)}
+        on_a_device = {p for p in ROOT.glob("tests/ops/test_*.py") if "device" in p.read_text()}
+        assert on_a_device
+        assert on_a_device <= checked
         assert (ROOT / "glance_ext" / "__main__.py").exists()
 
-    def test_it_goes_on_after_a_failed_step_and_says_so_at_the_end(self, tmp_path):
+    def run(self, tmp_path, commands, **environment):
+        """Runs the script with a Python that prints what it is asked to do."""
         bash = shutil.which("bash")
         if bash is None:
             pytest.skip("needs bash")
         python = tmp_path / "python"
-        python.write_text('#!/bin/sh\n[ "$1" = setup.py ] && exit 3\necho "$@" >&2\nexit 0\n')
+        python.write_text(f'#!/bin/sh\n{commands}\necho "$@" >&2\nexit 0\n')
         python.chmod(0o755)
         run = subprocess.run(
             [bash, str(self.SCRIPT)],
@@ -190,17 +195,43 @@ class TestGpuCheck:
                 "OUT": str(tmp_path / "out"),
                 "TORCH_CUDA_ARCH_LIST": "9.0",
                 "CUDA_HOME": str(tmp_path),
+                **environment,
             },
             capture_output=True,
             text=True,
         )
+        summary = run.stdout.split("=== summary")[1].splitlines()[1:]
+        log = (tmp_path / "out" / "gpu-check.log").read_text()
+        assert "\n".join(summary) in log
+        return run, {line[:28].strip(): line[29:48].strip() for line in summary}
+
+    @pytest.mark.parametrize("jobs", ["1", "4"])
+    def test_it_goes_on_after_a_failed_step_and_says_so_at_the_end(self, tmp_path, jobs):
+        run, outcomes = self.run(tmp_path, '[ "$1" = setup.py ] && exit 3', JOBS=jobs)
         assert run.returncode == 1
-        summary = run.stdout.split("=== summary\n")[1].splitlines()
-        outcomes = {line[:28].strip(): line[29:48].strip() for line in summary}
         assert outcomes["build"] == "FAILED (exit 3)"
-        assert outcomes["tests"] == "ok"
-        assert outcomes["memcheck: op tests"] == "FAILED (exit 127)"
-        for suite in ("ops", "detect"):
+        assert outcomes["agreement"] == outcomes["tests: cuda"] == outcomes["tests: rest"] == "ok"
+        assert outcomes["memcheck: hole ops"] == "FAILED (exit 127)"
+        assert "tests/engine/test_gpu_agreement.py -m cuda" in run.stdout
+        assert "-m not cuda" in run.stdout
+        for suite in ("ops", "detect", "train", "partial-conv"):
             for dtype in ("float32", "bfloat16"):
                 assert outcomes[f"bench: {suite} {dtype}"] == "ok"
-                assert f"bench {suite} --device cuda --dtype {dtype}" in run.stderr
+                assert f"bench {suite} --device cuda --dtype {dtype}" in run.stdout
+        assert "--without nvidia-compiled" in run.stdout
+        assert "gpu_profile.py --images 16" in run.stdout
+
+    def test_parts_can_be_asked_for(self, tmp_path):
+        run, outcomes = self.run(tmp_path, "", PARTS="rest")
+        assert run.returncode == 0
+        assert outcomes == {"device": "ok", "build": "ok", "tests: rest": "ok"}
+        run, outcomes = self.run(tmp_path, "", PARTS="prof")
+        assert run.returncode == 1
+        assert outcomes["part prof"] == "FAILED (exit 1)"
+
+    def test_it_ends_in_time_and_names_what_had_none(self, tmp_path):
+        commands = 'case "$*" in *"bench detect"*) sleep 60;; esac'
+        run, outcomes = self.run(tmp_path, commands, PARTS="numbers rest", SECONDS_AT_MOST="3")
+        assert run.returncode == 1
+        assert outcomes["bench: detect bfloat16"] == "out of time"
+        assert outcomes["bench: ops float32"] == outcomes["tests: rest"] == "no time left"

@@ -256,12 +256,28 @@ def test_least_work_of_an_aggregation_by_hand():
         ({"name": "nothing"}, f"one of {', '.join(sorted(SUITES))}, got 'nothing'"),
         ({"name": "ops", "dtype": "int8"}, "one of float32, bfloat16, float16, got 'int8'"),
         ({"name": "ops", "device": "meta"}, "a cpu or cuda device"),
+        ({"name": "ops", "without": ["ours"]}, "variant to leave out, one of .*, got 'ours'"),
         ({"name": "ops", "device": "toaster"}, "expected a device, got 'toaster'"),
     ],
 )
 def test_a_wrong_call_gets_one_line(arguments, message):
     with pytest.raises(GlanceError, match=message):
         run_suite(**arguments)
+
+
+def test_variants_can_be_left_out(monkeypatch):
+    def never():
+        raise AssertionError("left out")
+
+    right = Variant(lambda: {"y": torch.ones(2)}, lambda: {"y": torch.ones(2).double()})
+    wrong = Variant(never, never)
+
+    def suite(*_):
+        yield Case("c", {}, Work(1, 1), {"ours": right, "nvidia": right, "nvidia-compiled": wrong})
+
+    monkeypatch.setitem(SUITES, "ops", suite)
+    results = run_suite("ops", quick=True, without=["nvidia-compiled"])["results"]
+    assert {row["variant"] for row in results} == {"ours", "nvidia", "limit"}
 
 
 def test_without_the_native_ops_nothing_is_measured_in_their_name(monkeypatch):
