@@ -33,9 +33,13 @@ left() {
   echo $((until - SECONDS))
 }
 
-# limited COMMAND...: ends it when the time is up.
+# limited COMMAND...: ends it when the time is up. Under timeout it would not hear Ctrl-C.
 limited() {
-  timeout -k 10 "$(left)" "$@"
+  if [[ -n ${SECONDS_AT_MOST:-} ]]; then
+    timeout -k 10 "$(left)" "$@"
+  else
+    "$@"
+  fi
 }
 
 # step NAME COMMAND...: runs it, shows its output, and keeps output and outcome.
