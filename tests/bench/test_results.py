@@ -235,3 +235,10 @@ class TestGpuCheck:
         assert run.returncode == 1
         assert outcomes["bench: detect bfloat16"] == "out of time"
         assert outcomes["bench: ops float32"] == outcomes["tests: rest"] == "no time left"
+
+    def test_a_proof_that_hangs_leaves_time_for_the_rest(self, tmp_path):
+        commands = 'case "$*" in *agreement*) sleep 60;; esac'
+        _, outcomes = self.run(tmp_path, commands, PARTS="proof rest", SECONDS_AT_MOST="6")
+        assert outcomes["agreement"] == "out of time"
+        assert outcomes["tests: cuda"] == "no time left"
+        assert outcomes["tests: rest"] == "ok"
