@@ -63,6 +63,11 @@ class Case:
         yardstick: The variant of plain torch whose own error widens the tolerance, if there is one.
         same_everywhere: Whether all variants must also agree with the yardstick where ``expected``
             has no value.
+        by_norm: Whether a result is right by the norm of its difference, and not by its largest
+            element: for gradients in 16 bits, where a unit that rounding turns on or off changes
+            single elements by any amount.
+        ceiling: The most that plain torch's own error may claim of a result's size; None for what
+            the dtype usually may.
         seconds: Time for the timed calls of each variant.
         min_repeats: Timed calls of a variant that takes less than that, at the least.
     """
@@ -74,6 +79,8 @@ class Case:
     terms: int = 1
     yardstick: str | None = None
     same_everywhere: bool = False
+    by_norm: bool = False
+    ceiling: float | None = None
     seconds: float = 0.5
     min_repeats: int = 7
 
@@ -94,11 +101,11 @@ class Error:
 def check(case: Case, dtype: torch.dtype, *, tf32: bool = False) -> dict[str, Error]:
     """Runs every variant once and compares it with float64.
 
-    The tolerance of a result, relative to its largest value, is 8 units in the last place, plus 4
-    sqrt(terms) units of float32 for the order of its sums, plus twice plain torch's own error in
-    the same result (the case's yardstick, same dtype and device). Where only a part is known in
-    float64, a case can ask that its variants agree with the yardstick everywhere, to the sum of
-    both tolerances.
+    The tolerance of a result, relative to its largest value (or its norm, if the case says so), is
+    8 units in the last place, plus 4 sqrt(terms) units of float32 for the order of its sums, plus
+    twice plain torch's own error in the same result (the case's yardstick, same dtype and device).
+    Where only a part is known in float64, a case can ask that its variants agree with the yardstick
+    everywhere, to the sum of both tolerances.
 
     Args:
         case: What to check.
@@ -114,17 +121,17 @@ def check(case: Case, dtype: torch.dtype, *, tf32: bool = False) -> dict[str, Er
     accumulator = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     floor = _FLOOR_EPS * (_TF32_EPS if tf32 else torch.finfo(dtype).eps)
     floor += _ORDER_EPS * math.sqrt(case.terms) * accumulator
-    found = {name: _compare(case.name, name, variant) for name, variant in case.variants.items()}
-    ceiling = _TF32_CEILING if tf32 else _CEILING[dtype]
+    found = {name: _compare(case, name, variant) for name, variant in case.variants.items()}
+    ceiling = case.ceiling or (_TF32_CEILING if tf32 else _CEILING[dtype])
     yardstick = found.get(case.yardstick or "", {})
-    own = {result: min(of.error / of.scale, ceiling) for result, of in yardstick.items()}
+    own = {result: min(of.distance / of.size, ceiling) for result, of in yardstick.items()}
     for name, of_results in found.items():
         for result, of in of_results.items():
-            tolerance = (2 * own.get(result, 0.0) + floor) * of.scale
-            if not of.error <= tolerance:
+            tolerance = (2 * own.get(result, 0.0) + floor) * of.size
+            if not of.distance <= tolerance:
                 raise WrongResultError(
                     f"{case.name}: expected variant {name} to be within {tolerance:.3g} of float64 "
-                    f"in {result}, got an error of {of.error:.3g}"
+                    f"in {result}, got an error of {of.distance:.3g}"
                 )
             if case.same_everywhere and result in yardstick:
                 apart = _difference(of.whole, yardstick[result].whole)
@@ -144,19 +151,29 @@ def check(case: Case, dtype: torch.dtype, *, tf32: bool = False) -> dict[str, Er
 
 @dataclass(frozen=True)
 class _Compared:
-    """One result: its largest error, the largest expected value, and all of it."""
+    """One result.
+
+    Attributes:
+        error: Its largest difference from what was expected.
+        scale: The largest expected value.
+        distance: What must be within tolerance: the error, or the norm of the difference.
+        size: What the tolerance is relative to: the scale, or the norm.
+        whole: All of the result.
+    """
 
     error: float
     scale: float
+    distance: float
+    size: float
     whole: Tensor
 
 
-def _compare(case: str, name: str, variant: Variant) -> dict[str, _Compared]:
+def _compare(case: Case, name: str, variant: Variant) -> dict[str, _Compared]:
     expected = variant.expected()
     found = variant.run()
     if found.keys() != expected.keys():
         raise WrongResultError(
-            f"{case}: expected variant {name} to give {sorted(expected)}, got {sorted(found)}"
+            f"{case.name}: expected variant {name} to give {sorted(expected)}, got {sorted(found)}"
         )
     compared = {}
     for result, wanted in expected.items():
@@ -164,11 +181,15 @@ def _compare(case: str, name: str, variant: Variant) -> dict[str, _Compared]:
         got = whole if variant.part is None else variant.part(whole)
         if got.shape != wanted.shape:
             raise WrongResultError(
-                f"{case}: expected variant {name} to give {result} of shape "
+                f"{case.name}: expected variant {name} to give {result} of shape "
                 f"{list(wanted.shape)}, got {list(got.shape)}"
             )
-        scale = max(float(wanted.abs().max()), 1e-30)
-        compared[result] = _Compared(_difference(got, wanted), scale, whole)
+        error, scale = _difference(got, wanted), max(float(wanted.abs().max()), 1e-30)
+        distance, size = error, scale
+        if case.by_norm:
+            distance = float((got.double() - wanted).norm())
+            size = max(float(wanted.norm()), 1e-30)
+        compared[result] = _Compared(error, scale, distance, size, whole)
     return compared
 
 

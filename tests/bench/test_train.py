@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from glance_ext.bench import run_suite
 from glance_ext.bench import train as suite
-from glance_ext.bench.cases import WrongResultError, check
+from glance_ext.bench.cases import Outputs, Variant, WrongResultError, check
 from glance_ext.errors import GlanceError
 from glance_ext.models.local_net import LocalNet
 
@@ -64,6 +64,36 @@ def test_a_wrong_step_is_noticed(setup, monkeypatch) -> None:
     case = suite._Step(setup, suite.QUICK_SHAPES[1]).case()
     with pytest.raises(WrongResultError, match=r"variant ours-anew to be within .* in loss"):
         check(case, torch.float32)
+
+
+@pytest.fixture(scope="module")
+def low(one_thread: None) -> suite._Setup:
+    return suite._Setup(torch.bfloat16, CPU, 0)
+
+
+def test_a_step_in_bfloat16_is_right_by_the_norm_of_its_gradients(low) -> None:
+    case = suite._Step(low, suite.QUICK_SHAPES[0]).case()
+    errors = check(case, torch.bfloat16)
+    assert set(errors) == {"reference", "patches", "ours-anew", "ours"}
+    assert all(1e-4 < error.relative < 1 for error in errors.values())
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.0, -1.0, float("nan")])
+def test_wrong_gradients_in_bfloat16_are_not_timed(low, factor: float) -> None:
+    case = suite._Step(low, suite.QUICK_SHAPES[0]).case()
+    right = case.variants["ours"]
+
+    def wrong() -> Outputs:
+        found = right.run()
+        name = "grad_global_net.layers.4.weight"
+        return found | {name: found[name] * factor}
+
+    variants = {
+        "reference": case.variants["reference"],
+        "ours": Variant(wrong, right.expected),
+    }
+    with pytest.raises(WrongResultError, match=r"variant ours to be within .* in grad_global_net"):
+        check(replace(case, variants=variants), torch.bfloat16)
 
 
 def test_the_reference_calls_none_of_our_ops(setup) -> None:
