@@ -78,6 +78,16 @@ def test_a_step_in_bfloat16_is_right_by_the_norm_of_its_gradients(low) -> None:
     assert all(1e-4 < error.relative < 1 for error in errors.values())
 
 
+def test_a_step_in_tf32_is_compared_likewise(monkeypatch) -> None:
+    monkeypatch.setattr(suite, "uses_tf32", lambda device: device == CPU)
+    case = suite._Step(suite._Setup(torch.float32, CPU, 0), suite.QUICK_SHAPES[0]).case()
+    assert case.by_norm
+    monkeypatch.undo()
+    assert (
+        not suite._Step(suite._Setup(torch.float32, CPU, 0), suite.QUICK_SHAPES[0]).case().by_norm
+    )
+
+
 @pytest.mark.parametrize("factor", [0.5, 0.0, -1.0, float("nan")])
 def test_wrong_gradients_in_bfloat16_are_not_timed(low, factor: float) -> None:
     case = suite._Step(low, suite.QUICK_SHAPES[0]).case()
