@@ -11,6 +11,7 @@ documents to the files.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import statistics
@@ -159,7 +160,7 @@ def files(runs: Iterable[Run]) -> str:
 
 
 def goal_table(runs: Iterable[Run]) -> str:
-    """Latency of one image, throughput of 16, against reference and limit."""
+    """Latency of one image, throughput of 16, against reference and limit; a CUDA graph's too."""
     one, many = "detect/map/stride4_n1", "detect/map/stride4_n16"
     alone = "detect/alone/stride4_n1"
     head = (
@@ -169,24 +170,27 @@ def goal_table(runs: Iterable[Run]) -> str:
         "ours / limit", "peak MiB", "largest error, relative",
     )  # fmt: skip
     body = []
-    for run in runs:
-        batch = run.get(many, "ours")
-        error = run.metadata["relative_errors"][one]["ours"]
+    ways = (("ours", ""), ("ours-graph", ", CUDA graph"))
+    for run, (ours, how) in itertools.product(runs, ways):
+        if run.get(one, ours) is None:
+            continue
+        batch = run.get(many, ours)
+        error = run.metadata["relative_errors"][one][ours]
         body.append(
             [
-                f"{run.machine}, {run.dtype}",
-                ms(run.get(one, "ours")),
-                ms(run.get(one, "ours", "p95_ms")),
+                f"{run.machine}, {run.dtype}{how}",
+                ms(run.get(one, ours)),
+                ms(run.get(one, ours, "p95_ms")),
                 ms(run.get(one, "reference")),
-                times(run.ratio(one, "reference", "ours")),
+                times(run.ratio(one, "reference", ours)),
                 ms(run.get(alone, "reference")),
-                times(run.ratio(alone, "reference", "ours")),
-                times(run.ratio(one, "patches", "ours")),
-                times(run.ratio(one, "ours", "limit")),
-                mib(run.get(one, "ours", "peak_mib")),
+                times(run.ratio(alone, "reference", ours)),
+                times(run.ratio(one, "patches", ours)),
+                times(run.ratio(one, ours, "limit")),
+                mib(run.get(one, ours, "peak_mib")),
                 "-" if batch is None else number(16e3 / batch),
-                times(run.ratio(many, "ours", "limit")),
-                mib(run.get(many, "ours", "peak_mib")),
+                times(run.ratio(many, ours, "limit")),
+                mib(run.get(many, ours, "peak_mib")),
                 f"{error:.1e}",
             ]
         )

@@ -69,6 +69,28 @@ def test_the_tables_figures_are_the_files() -> None:
     )
 
 
+def test_a_cuda_graph_has_a_line_of_its_own(tmp_path: Path) -> None:
+    (file,) = plots.RESULTS.glob("detect--*avx2*--float32.json")
+    data = json.loads(file.read_text(encoding="utf-8"))
+    for row in [row for row in data["results"] if row["variant"] == "ours"]:
+        half = {"variant": "ours-graph", "median_ms": row["median_ms"] / 2}
+        data["results"].append(row | half)
+    for errors in data["metadata"]["relative_errors"].values():
+        errors["ours-graph"] = errors["ours"]
+    (tmp_path / file.name).write_text(json.dumps(data), encoding="utf-8")
+    (run,) = plots.load(tmp_path, "detect")
+    plain, graph = plots.goal_table([run]).splitlines()[2:]
+    assert (
+        f"float32, CUDA graph | {plots.ms(run.get('detect/map/stride4_n1', 'ours') / 2)} |" in graph
+    )
+    assert "CUDA graph" not in plain
+    ratios = [
+        [float(cell.strip()[:-1]) for cell in line.split("|") if cell.strip().endswith("x")]
+        for line in (plain, graph)
+    ]
+    assert ratios[1][0] == pytest.approx(2 * ratios[0][0], rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("suite", "op", "region"),
     [
