@@ -1,8 +1,6 @@
 """benchmarks/gpu_profile.py, on a CPU."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +10,9 @@ from glance_ext.bench.detect import maps_of
 from glance_ext.data.grid import patch_grid
 from glance_ext.models.glance import Glance
 from glance_ext.models.local_net import LocalNet
+from tests.scripts import script
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_profile.py"
-spec = importlib.util.spec_from_file_location("gpu_profile", SCRIPT)
-gpu_profile = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(gpu_profile)
+gpu_profile = script("gpu_profile")
 
 
 def test_the_stages_together_make_the_map():

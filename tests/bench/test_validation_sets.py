@@ -1,6 +1,5 @@
 """Data sets to choose settings by: good images set aside, and what is drawn into them."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +8,9 @@ from scipy.ndimage import binary_dilation
 
 from glance_ext.data.datasets import normal_images, test_samples
 from glance_ext.data.images import load_image, load_mask
+from tests.scripts import script
 
-ROOT = Path(__file__).resolve().parents[2]
-spec = importlib.util.spec_from_file_location("sets", ROOT / "benchmarks" / "validation_sets.py")
-sets = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sets)
+sets = script("validation_sets")
 
 
 @pytest.fixture(scope="module")

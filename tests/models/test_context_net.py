@@ -1,8 +1,5 @@
 """The pretrained network of the memory: its layers, and what it says of a patch."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +10,7 @@ from glance_ext.models.context_net import ContextNet
 from glance_ext.models.glance import Glance
 from glance_ext.models.local_net import LocalNet
 from glance_ext.models.normalisation import normalise
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.scripts import script
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +27,7 @@ def image(side: int = 256, seed: int = 0, dtype: torch.dtype = torch.float32) ->
 
 def test_it_is_resnet18_with_its_batch_norms_folded() -> None:
     timm = pytest.importorskip("timm")
-    spec = importlib.util.spec_from_file_location(
-        "make_context_net", ROOT / "benchmarks" / "make_context_net.py"
-    )
-    make = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make)
+    make = script("make_context_net")
     network = timm.create_model("resnet18", pretrained=False).double().eval()
     random = torch.Generator().manual_seed(0)
     for norm in network.modules():
